@@ -1,4 +1,4 @@
-"""The client for asyncio, with uvloop or without: verbs over `session.py`, run by `driver.py`."""
+"""The client for asyncio, with or without uvloop. Its methods ask `session.py`, which `driver.py` runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ StreamPlace: TypeAlias = Literal["connected", "parked", "hibernating"]
 _PAGE: Final = 4096
 IfExists: TypeAlias = Literal["error", "resume", "replace"]
 _MOST_ATTEMPTS: Final = 3
-"""Others may open and close streams of the same name meanwhile."""
+"""Attempts of `open`: others may open and close streams of that name meanwhile."""
 _MOVED_ON: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED, Code.IDLE, Code.FENCED, Code.STATE_LOST})
 
 
@@ -40,24 +40,27 @@ class StreamView:
 
     @property
     def name(self) -> str:
-        """The name it was opened by."""
+        """The stream's name."""
         return self._handle.names[0]
 
     @property
     def next_seq(self) -> int:
-        """The seq of the next frame that is sent; with nothing on its way, that of the next frame applied."""
+        """The seq of the next frame to send.
+
+        While nothing is unanswered, the server applies the frame of this seq next.
+        """
         return int(self._session.table.next_seqs(self._handle)[0])
 
     @property
     def epoch(self) -> int:
-        """The number of this ownership of the stream, by which it can be resumed; a new one with each connection."""
+        """The number of this ownership of the stream, for `resume`. Each new connection changes it."""
         return int(self._session.table.epochs(self._handle)[0])
 
     @property
     def moved_at(self) -> int | None:
-        """The seq from which on the present version of the model computes it, where the server has swapped the model.
+        """The seq of the first frame that the present version of the model computes.
 
-        None if the model has not been swapped since.
+        None if the server has not swapped the model since the stream was opened.
         """
         seq = int(self._session.table.moved_at[self._handle.rows[0]])
         return None if seq < 0 else seq
@@ -78,7 +81,7 @@ class GroupView:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names they were opened by."""
+        """The streams' names."""
         return self._handle.names
 
     @property
@@ -88,12 +91,12 @@ class GroupView:
 
     @property
     def epochs(self) -> U64:
-        """The numbers of these ownerships, uint64 [N]; see `AsyncStream.epoch`."""
+        """The epoch of each stream, uint64 [N]; see `AsyncStream.epoch`."""
         return self._session.table.epochs(self._handle)
 
     @property
     def moved_at(self) -> npt.NDArray[np.int64]:
-        """As `AsyncStream.moved_at`, int64 [N], -1 for None."""
+        """`AsyncStream.moved_at` of each stream, int64 [N], with -1 for None."""
         return self._session.table.moved_at[self._handle.rows]
 
 
@@ -101,13 +104,12 @@ class _Handle:
     """The base of streams and groups."""
 
     def __init__(self, session: Session, driver: Driver, handle: StreamHandle) -> None:
-        """Made by an `AsyncClient`."""
+        """The methods of `AsyncClient` make these."""
         self._session = session
         self._driver = driver
         self._handle = handle
 
     def _state(self, rows: U8) -> State:
-        """Rows of states as the user gets them."""
         return as_state(rows, self._session.info.state, single=self._handle.single)
 
 
@@ -121,15 +123,15 @@ class AsyncStream(_Handle, StreamView):
 
     A connection that is lost is made anew (see `AsyncClient`): calls just take longer, and every frame is applied once.
 
-    Every method raises StreamEvicted once the stream has ended (DataLoss is of that kind), ConnectionFailed once the
+    Every method raises StreamEvicted (or its subclass DataLoss) once the stream has ended, ConnectionFailed once the
     server is gone for good, and ClientClosed after `close`.
     """
 
     async def step(self, x: npt.ArrayLike) -> F32:
-        """Send a frame [features] or a chunk [T, features]; its outputs, [outputs] or [T, outputs].
+        """Send a frame [features] or a chunk [T, features] and return its outputs, [outputs] or [T, outputs].
 
         Raises:
-            FramesRefused: when some of it was not applied.
+            FramesRefused: when some frames were not applied.
             InvalidInput: for another shape, or values that float32 cannot hold.
         """
         call = self._session.step(self._handle, x)
@@ -137,17 +139,17 @@ class AsyncStream(_Handle, StreamView):
         return call.result().outputs
 
     async def step_timed(self, x: npt.ArrayLike) -> TimedOutputs:
-        """Like `step`, with the server's times."""
+        """Like `step`, but return the server's times too."""
         return await self._driver.wait(self._session.step(self._handle, x))
 
     async def send(self, x: npt.ArrayLike) -> None:
-        """Send a frame or chunk without waiting for its outputs, which iterating over the stream gives.
+        """Send a frame or chunk without waiting for its outputs. Iterate over the stream to get them.
 
-        Waits while the server's credit is used up, and while as many frames as that credit wait here to be read.
+        Waits while the server's credit is used up, and while the unread outputs are as many as that credit.
 
         Raises:
             InvalidInput: for another shape, or values that float32 cannot hold.
-            InstepError: when outputs wait and nobody reads any of them for the client's `timeout_s`.
+            InstepError: when nobody has read the waiting outputs for the client's `timeout_s`.
         """
         call = self._session.step(self._handle, x, keep=True)
         await self._driver.until_woken(call)
@@ -166,7 +168,7 @@ class AsyncStream(_Handle, StreamView):
         """The outputs of the next `send`, in the shape that `step` would give.
 
         Raises:
-            FramesRefused: in place of outputs; iterating may continue.
+            FramesRefused: when frames were refused; iterating may continue.
         """
         call = await self.next_call()
         if call is None:
@@ -174,7 +176,7 @@ class AsyncStream(_Handle, StreamView):
         return call.result().outputs
 
     async def next_call(self) -> Call[TimedOutputs] | None:
-        """The next ended call of `send`, whose outputs iterating gives, or None at its end."""
+        """The next call of `send` that has ended, or None after the last one. Iterating gives the outputs of each."""
         while True:
             call = self._session.take(self._handle)
             if call is not None:
@@ -185,15 +187,15 @@ class AsyncStream(_Handle, StreamView):
             await self._driver.wait_news(self._handle)
 
     async def read_state(self) -> tuple[int, State]:
-        """The state as it is now and the seq of the frame that comes next.
+        """Return the seq of the next frame and the present state.
 
-        Frames that were sent and are not applied yet are not in it.
+        The state does not contain frames that were sent but are not applied yet.
         """
         seqs, states = await self._driver.wait(self._session.read_state(self._handle))
         return int(seqs[0]), self._state(states)
 
     async def reset(self, state: GivenState | None = None) -> None:
-        """Set the state once everything sent was answered, to the initial one unless given; seqs go on.
+        """Set the state, by default to the initial one, once everything sent was answered. Seqs continue.
 
         Raises:
             StreamRefused: when the server refuses.
@@ -202,7 +204,7 @@ class AsyncStream(_Handle, StreamView):
         await self._driver.wait(self._session.reset(self._handle, state))
 
     async def fork(self, name: str) -> AsyncStream:
-        """A new stream that begins with this one's state and seq, once everything sent was answered.
+        """Open a new stream with this one's state and seq, once everything sent was answered.
 
         Raises:
             StreamRefused: when the server refuses the new stream.
@@ -213,13 +215,13 @@ class AsyncStream(_Handle, StreamView):
         return AsyncStream(self._session, self._driver, handle)
 
     async def snapshot(self) -> StreamSnapshot:
-        """The state with its seq and model: it can be saved, and restored on any server of that model."""
+        """Read the state with its seq and model, to be saved, or restored on any server of that model."""
         seq, state = await self.read_state()
         info = self._session.info
         return StreamSnapshot(self.name, seq, state, info.fingerprint, info.model)
 
     async def close(self) -> State:
-        """Close it once everything sent was answered; its final state.
+        """Close the stream once everything sent was answered, and return its final state.
 
         Raises:
             StreamRefused: when the server refuses.
@@ -228,12 +230,12 @@ class AsyncStream(_Handle, StreamView):
 
 
 class AsyncGroup(_Handle, GroupView):
-    """Many streams stepped by one array; each is a stream of its own, and may be refused or evicted alone."""
+    """Streams that are stepped together by one array. Each of them can be refused or evicted alone."""
 
     async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
-        """Send one frame for each stream, or T: [N, features] or [T, N, features]; outputs in the same form.
+        """Send one frame for each stream [N, features], or T frames [T, N, features]; return outputs in the same form.
 
-        With `rows`, distinct indices, only these N streams take a step.
+        `rows` are the distinct indices of the N streams that take the step; None for all.
 
         Raises:
             FramesRefused: when some were not applied; its `outputs` hold the others'.
@@ -244,16 +246,16 @@ class AsyncGroup(_Handle, GroupView):
         return (await self.step_timed(x, rows)).outputs
 
     async def step_timed(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> TimedOutputs:
-        """Like `step`, with the server's times beside the outputs."""
+        """Like `step`, but return the server's times too."""
         return await self._driver.wait(self._session.step(self._handle, x, rows))
 
     async def read_state(self) -> tuple[U64, State]:
-        """Seqs uint64 [N] and states of N streams; see `AsyncStream.read_state`."""
+        """Return seqs, uint64 [N], and the states of N streams; see `AsyncStream.read_state`."""
         seqs, states = await self._driver.wait(self._session.read_state(self._handle))
         return seqs, self._state(states)
 
     async def reset(self, states: GivenState | None = None) -> None:
-        """Set all states once everything sent was answered, to the initial one unless given.
+        """Set all states, by default to the initial one, once everything sent was answered.
 
         Raises:
             StreamRefused: naming the first stream that the server refuses; others may have been reset.
@@ -262,12 +264,12 @@ class AsyncGroup(_Handle, GroupView):
         await self._driver.wait(self._session.reset(self._handle, states))
 
     async def fork(self, names: Sequence[str]) -> AsyncGroup:
-        """New streams, one for each of these, that begin with their states and seqs; see `AsyncStream.fork`."""
+        """Open a new stream for each of these, with its state and seq; see `AsyncStream.fork`."""
         handle = await self._driver.wait(self._session.fork(self._handle, names))
         return AsyncGroup(self._session, self._driver, handle)
 
     async def close(self) -> State:
-        """Close all; their final states, with NaN in the floats of those that had ended.
+        """Close all streams and return their final states. Floats of streams that had ended are NaN.
 
         Raises:
             StreamRefused: when the server refuses one that is open.
@@ -330,7 +332,7 @@ class AsyncClient:
         await self.close()
 
     async def connect(self) -> None:
-        """Connect and greet the server, once; `async with` does it.
+        """Connect and greet the server; `async with` does it. A client connects only once.
 
         Raises:
             ConnectionRefused: when nothing listens at the endpoint, unless the client was made with `wait`.
@@ -349,7 +351,7 @@ class AsyncClient:
 
     @property
     def is_connected(self) -> bool:
-        """Whether there is a connection: not before `connect`, while another one is tried for, or after the end."""
+        """Whether the client has a connection. It has none before `connect`, while it reconnects, and after its end."""
         return self._session.state is OPEN
 
     @property
@@ -370,9 +372,9 @@ class AsyncClient:
             name: the stream's name.
             initial_state: before its first frame.
             first_seq: the seq of its first frame.
-            if_exists: the treatment of a stream of this name that is open or parked, as after a crash of its producer:
-                `error`; `resume` it, after all frames that were applied to it (`next_seq` tells), and in its own state;
-                or `replace` it, which closes it. The last two take it from its owner.
+            if_exists: how to treat a stream of this name that is open or parked, for example after its producer
+                crashed. `error` raises StreamRefused. `resume` continues it in its own state, after all frames that
+                were applied (`next_seq` tells). `replace` closes it first. The last two take it from its owner.
 
         Raises:
             StreamRefused: when the server refuses it.
@@ -399,7 +401,7 @@ class AsyncClient:
         raise AssertionError
 
     async def open_group(self, names: Sequence[str], initial_states: GivenState | None = None) -> AsyncGroup:
-        """Open many streams to be stepped by one array; states are those of N streams.
+        """Open streams to be stepped by one array; `initial_states` are those of N streams.
 
         Either all are opened or none: those that were opened before one was refused are closed again, and their names
         free, when this raises.
@@ -412,14 +414,14 @@ class AsyncClient:
         return AsyncGroup(self._session, self._driver, await self._driver.wait(call))
 
     async def resume(self, name: str, have: int | None = None, epoch: int = 0, take_over: bool = False) -> AsyncStream:
-        """Go on with a stream that is parked, or that another client has.
+        """Continue a stream that is parked, or that another client owns.
 
         The stream continues from `have`: send the frames from there on. Frames that the server has applied are answered
         as before if they are the same; it keeps the last `info.window_frames` outputs.
 
         Args:
             name: the stream's name.
-            have: outputs that the user holds, those of seqs below it; None continues after the last computed frame.
+            have: the caller has the outputs of all seqs below it; None continues after the last computed frame.
             epoch: the number of the former ownership (`AsyncStream.epoch`).
             take_over: take the stream from any owner, and continue from the server's seq, even if it is lower.
 
@@ -439,9 +441,9 @@ class AsyncClient:
         epochs: npt.ArrayLike = 0,
         take_over: bool = False,
     ) -> AsyncGroup:
-        """Go on with many streams as one group; `have` and `epochs` are numbers for all, or uint64 [N].
+        """Continue streams as one group; see `resume`. `have` and `epochs` are one number for all, or uint64 [N].
 
-        When one is refused nothing is given; the others are this client's then, and can be taken with `take_over`.
+        If one stream is refused, the others belong to this client then, and `take_over` continues them.
 
         Raises:
             Refused: as `resume`, naming the first stream that the server refuses.
@@ -464,7 +466,7 @@ class AsyncClient:
         return int(seqs[0]), as_state(states, info.state, single=True)
 
     async def snapshot(self, name: str) -> StreamSnapshot:
-        """The state with its seq and model: it can be saved, and restored on any server of that model."""
+        """Read the state of any stream; see `AsyncStream.snapshot`."""
         seq, state = await self.read_state(name)
         info = self.info
         return StreamSnapshot(name, seq, state, info.fingerprint, info.model)
@@ -500,7 +502,7 @@ class AsyncClient:
                 return found
 
     async def list_models(self) -> list[ServedModel]:
-        """The models of the server, the one for clients that name none first."""
+        """The models of the server. The first one is for clients that name none."""
         return await self._driver.wait(self._session.models())
 
     async def ping(self) -> float:
@@ -508,10 +510,10 @@ class AsyncClient:
         return await self._driver.wait(self._session.ping(time.monotonic()))
 
     async def stats(self) -> dict[str, float]:
-        """The numbers of this client's model by name, and one of this client's event loop.
+        """The server's numbers for this client's model, by name, and `loop_lag_s`.
 
-        `loop_lag_s` is the longest that the loop took to give the client its turn, in the last half to whole minute.
-        Frames and outputs wait that long here, whatever the server's times say.
+        `loop_lag_s` is the longest delay of this process's event loop in the last 30 to 60 seconds. Frames and outputs
+        wait that long here, which the server's times do not show.
         """
         numbers = await self._driver.wait(self._session.statistics())
         return numbers | {"loop_lag_s": self._driver.loop_lag_s}

@@ -37,7 +37,7 @@ DEFAULT_HTTP_PORT: Final = 5780
 
 
 def as_array(x: npt.ArrayLike, what: str, kind: str = "an array of numbers") -> npt.NDArray[Any]:
-    """A user's argument as a numpy array, if it is one and not a ragged list; of a tensor, its values."""
+    """Anything that numpy reads, as an array: not a ragged list. A tensor gives its values."""
     if getattr(x, "requires_grad", False):
         x = x.detach()  # type: ignore[union-attr]
     try:
@@ -49,7 +49,7 @@ def as_array(x: npt.ArrayLike, what: str, kind: str = "an array of numbers") -> 
 def float32_copy(x: npt.ArrayLike, what: str) -> F32:
     """A contiguous float32 copy of anything numpy reads as booleans, integers or real numbers.
 
-    NaN and infinity pass: whether they are taken is the server's to say. Finite numbers beyond float32 do not.
+    NaN and infinity pass, because the server decides on them. Finite numbers beyond float32 are refused.
     """
     raw = x if type(x) is np.ndarray else as_array(x, what)
     if raw.dtype == _FLOAT32:
@@ -174,7 +174,7 @@ def _shown(name: object) -> str:
 
 
 def checked_endpoint(endpoint: str) -> str:
-    """The endpoint, when it is `tcp://HOST:PORT` or `ipc://PATH`.
+    """Return a valid endpoint, `tcp://HOST:PORT` or `ipc://PATH`.
 
     Raises:
         InvalidInput: with the expected form.

@@ -65,7 +65,7 @@ class Call(Generic[R]):
             self.done = True
 
     def cancel(self) -> None:
-        """Nobody waits for it any more. What was sent counts as sent, and its reply is dropped when it comes."""
+        """Cancel it. Sent messages count as sent, and their replies are dropped."""
 
     def result(self) -> R:
         """The result of a call that is done.
@@ -98,7 +98,7 @@ class Request(Call[R], ABC):
 
     @abstractmethod
     def accept(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
-        """A reply came.
+        """Take in a reply.
 
         Args:
             part: which of its streams the message was about.
@@ -110,11 +110,11 @@ class Request(Call[R], ABC):
         """
 
     def refused(self, part: Indices, refusal: ErrorReply) -> None:
-        """ERROR came in place of a reply."""
+        """Take in an ERROR that came in place of a reply."""
         self.fail(Refused(refusal.code, refusal.sentence))
 
     def lost(self) -> bool:
-        """The connection was lost before all replies came; whether to ask again over the next one."""
+        """Whether to ask again over the next connection, after one was lost before all replies came."""
         return True
 
 
@@ -138,7 +138,7 @@ class Outbox:
         self.messages: list[Message] = []
         """Messages to send, in order."""
         self.woken: list[Call[Any] | StreamHandle] = []
-        """Whom the driver has to wake: calls that ended or were sent, and stream handles whose outputs changed."""
+        """Calls that ended or were sent, and handles whose outputs changed; the driver wakes their tasks."""
         self._last_number = 0
         self._last_taken = 0
 
@@ -168,7 +168,7 @@ class Outbox:
         }
 
     def forget(self) -> list[Request[Any]]:
-        """The connection is lost: nothing will be answered. Return the requests that were asked, in order."""
+        """Forget all messages after the loss of a connection; return the requests that were asked, in order."""
         asked = dict.fromkeys(each.request for each in self.unanswered.values())
         self.unanswered.clear()
         self.messages.clear()
@@ -181,7 +181,7 @@ class Outbox:
         return messages
 
     def take_woken(self) -> list[Call[Any] | StreamHandle]:
-        """Whom the driver has to wake."""
+        """The calls and handles to wake."""
         woken, self.woken = self.woken, []
         return woken
 
@@ -227,7 +227,7 @@ class Attempts:
         """The time to begin the next attempt, or to give the present one up."""
 
     def lost(self, now: float, why: str) -> bool:
-        """The connection is lost, or an attempt failed; whether there is time for another one."""
+        """Note a lost connection or a failed attempt; return whether there is time for another attempt."""
         if self._lost_at is None:
             self._lost_at, self._attempts, self.why = now, 0, why
         if now >= self._lost_at + self.reconnect_s:
@@ -238,7 +238,7 @@ class Attempts:
         return True
 
     def begin(self, now: float) -> None:
-        """An attempt begins: HELLO is sent."""
+        """Begin an attempt, for which HELLO is sent."""
         self._next_at = now + self._attempt_timeout_s
 
     def is_due(self, now: float) -> bool:
@@ -282,7 +282,7 @@ def cannot_continue(former: ServerInfo, info: ServerInfo) -> str:
 class Silence(Request[None]):
     """Watches for silence: while something is unanswered, and over a connection that nobody uses.
 
-    Its message is a PING that only asks for a word of the server.
+    Its message is a PING, to which any answer will do.
 
     Args:
         outbox: where probes go.
@@ -313,7 +313,7 @@ class Silence(Request[None]):
         self._is_asked = False
 
     def lost(self) -> bool:
-        """The connection is lost: the wait begins anew with the next one."""
+        """Begin the wait anew with the next connection."""
         self._waiting_since = self.deadline = math.inf
         self._is_asked = False
         return False

@@ -128,12 +128,12 @@ class Driver:
             self._close(socket)
 
     async def wait(self, call: Call[R]) -> R:
-        """The call's result. If the waiting task is cancelled, the call is cancelled in the session."""
+        """Wait for the call's result. If the waiting task is cancelled, the call is cancelled in the session."""
         await self.until_woken(call)
         return call.result()
 
     async def until_woken(self, call: Call[Any]) -> None:
-        """Until the call has ended, or was sent."""
+        """Wait until the call has ended, or was sent."""
         if call.done:
             return
         call.waiter = waiter = self._loop.create_future()
@@ -150,15 +150,15 @@ class Driver:
             raise
 
     async def wait_news(self, handle: StreamHandle) -> None:
-        """Until the stream handle's outputs changed. Many tasks may wait for one stream handle."""
+        """Wait until the handle's outputs have changed. Many tasks may wait for one handle."""
         if handle.waiter is None or handle.waiter.done():
             handle.waiter = self._loop.create_future()
         await asyncio.wait((handle.waiter,))
 
     @property
     def loop_lag_s(self) -> float:
-        """See `Sockets.lag_s`."""
-        return self._sockets.lag_s
+        """The longest delay of the event loop's turns in the last 30 to 60 seconds."""
+        return max(self._sockets.lags)
 
     def wake(self) -> None:
         """Have the session act in the next turn of the loop."""
@@ -253,7 +253,7 @@ class Driver:
         self._act_now()
 
     def _fail(self, error: Exception) -> None:
-        """A bug of ours must not leave callers waiting for ever."""
+        # a bug of the client must not leave its callers waiting for ever
         _log.error("the client failed", exc_info=error)
         self._session.fail(ConnectionFailed, f"the client failed and gave the connection up: {error!r}")
 
@@ -331,13 +331,13 @@ class Sockets:
         self._after_tasks: list[Driver] = []
         self._asked_at = 0.0
         """When the next turn was asked for."""
-        self._lags = (0.0, 0.0)
-        """The longest that the loop took to give a turn: in the window of time before this one, and in this one."""
+        self.lags = (0.0, 0.0)
+        """The longest delay of a turn in the window of time before this one, and in this one."""
         self._window_ends_at = self._warn_at = 0.0
 
     @staticmethod
     def of(loop: asyncio.AbstractEventLoop) -> Sockets:
-        """Those of a loop. Who has none open yet connects one before anything else happens in the loop."""
+        """The sockets of a loop. The caller connects one, if none is open, before anything else happens in the loop."""
         sockets = shared.get(loop)
         if sockets is None:
             sockets = shared[loop] = Sockets()
@@ -367,7 +367,7 @@ class Sockets:
         return socket
 
     def close(self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes]) -> None:
-        """Close a socket."""
+        """Close a socket that `connect` made."""
         socket.close()
         self._end_unless_used(loop)
 
@@ -405,11 +405,6 @@ class Sockets:
             self._ask_turn(loop)
         self._due += after_tasks
 
-    @property
-    def lag_s(self) -> float:
-        """The longest that the loop took to give a turn, in the last half to whole minute."""
-        return max(self._lags)
-
     def _ask_turn(self, loop: asyncio.AbstractEventLoop) -> None:
         self._asked_at = time.monotonic()
         loop.call_soon(self._take_turn, loop)
@@ -417,10 +412,10 @@ class Sockets:
     def _note_lag(self, now: float) -> None:
         lag_s = now - self._asked_at
         if now >= self._window_ends_at:
-            self._lags = self._lags[1] if now < self._window_ends_at + _LAG_WINDOW_S else 0.0, 0.0
+            self.lags = self.lags[1] if now < self._window_ends_at + _LAG_WINDOW_S else 0.0, 0.0
             self._window_ends_at = now + _LAG_WINDOW_S
-        if lag_s > self._lags[1]:
-            self._lags = self._lags[0], lag_s
+        if lag_s > self.lags[1]:
+            self.lags = self.lags[0], lag_s
         if lag_s > _WARN_LAG_S and now >= self._warn_at:
             self._warn_at = now + _WARN_EVERY_S
             _log.warning(
@@ -442,7 +437,6 @@ class Sockets:
             driver.receive(_RECEIVE_BURST)
 
     def _end_unless_used(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Forget a socket; with the last one the context and its threads end."""
         self._open -= 1
         if self._open == 0:
             del shared[loop]

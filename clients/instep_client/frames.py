@@ -1,17 +1,18 @@
 """Frames on their way: from a call of `step` through blocks in flight to its outputs.
 
-`SendQueue` is the only place that sends frames. Stream handles take turns, within the server's credit and the window of
-each stream. A block stays in flight until every frame of it was answered for good, whatever BUSY and lost connections
-do to it.
+`SendQueue` is the only place that sends frames. Stream handles take turns to send, within the server's credit and the
+window of each stream. A block is in flight until the server has applied or finally refused each of its frames.
 
-The server refuses a whole block with BUSY and, because a frame is then missing, fails later blocks of the same streams
-with SEQ_GAP. So on the first BUSY nothing new is sent until every block in flight was answered; then the refused frames
-are sent again in their order, before anything new. When the connection is lost, blocks in flight join them and are sent
-again under the handles of the next connection: frames that were applied are answered again with the same outputs, the
-others are applied now. A frame that was answered otherwise is never sent again.
+The server refuses a whole block with BUSY. Later blocks of the same streams then fail with SEQ_GAP, because a frame is
+missing. So after a BUSY the queue sends nothing new until every block in flight was answered. It then sends the refused
+frames again in their order, and new frames after them.
 
-The server does not apply frames of a stream that hibernates, and wakes the stream. They are sent again under the
-stream's new handle once those that were sent under the former one are answered, and delay nothing else.
+When the connection is lost, blocks in flight are sent again over the next connection, under the new handles. The server
+answers frames that it has applied with the same outputs, and applies the others. A frame that was finally refused is
+never sent again.
+
+The server does not apply frames of a stream that hibernates, but wakes the stream. The queue sends them again under the
+stream's new handle, once the frames that were sent under the old handle are answered. Other streams do not wait.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class TimedOutputs(NamedTuple):
 
 
 class FailedFrames(NamedTuple):
-    """The frames of a column from `seq` on that were not applied."""
+    """The frames of a column that were not applied: those from `seq` on."""
 
     seq: int
     code: Code
@@ -118,7 +119,7 @@ class StepCall(Call[TimedOutputs]):
         """The earliest failure of each column."""
 
     def cancel(self) -> None:
-        """See `Call.cancel`; unsent frames are dropped."""
+        """Drop unsent frames; see `Call.cancel`."""
         self._queue.withdraw(self)
 
     @property
@@ -144,7 +145,7 @@ class StepCall(Call[TimedOutputs]):
         return self.rows[columns], timesteps.stop - timesteps.start
 
     def advance(self) -> None:
-        """The next piece was sent."""
+        """Move on to the next piece."""
         self.n += self.width
         if self.n >= self.x.shape[1]:
             self.n = 0
@@ -152,7 +153,7 @@ class StepCall(Call[TimedOutputs]):
             self.sent = self.t >= len(self.x)
 
     def put(self, t: int, columns: Indices, outputs: F32) -> None:
-        """Outputs of the timesteps from `t` on for some columns; they are copied."""
+        """Copy outputs of the timesteps from `t` on for some columns."""
         if outputs.shape[:2] == self.x.shape[:2]:
             self._outputs = outputs.copy()
             return
@@ -161,7 +162,7 @@ class StepCall(Call[TimedOutputs]):
         self._outputs[t : t + len(outputs), columns] = outputs
 
     def put_lone(self, outputs: F32, times: tuple[int, int, int]) -> None:
-        """Outputs [outputs] of its only frame; they are copied."""
+        """Copy the outputs [outputs] of its only frame."""
         self._outputs = outputs.copy()
         self.times = times
         self.left = 0
@@ -174,7 +175,7 @@ class StepCall(Call[TimedOutputs]):
             self.failures[column] = failed
 
     def conclude(self, table: OpenStreams) -> None:
-        """Every frame was answered: make the result of it."""
+        """Make the result, after every frame was answered."""
         outputs = self._missing() if self._outputs is None else self._outputs
         if outputs.shape != self._shape:
             outputs = outputs.reshape(self._shape)
@@ -328,7 +329,7 @@ class SendQueue:
     # What users ask for.
 
     def submit(self, call: StepCall) -> None:
-        """A new step call; it is sent when its stream handle's turn comes."""
+        """Queue a step call, which is sent when its handle's turn comes."""
         if not call.lone:
             call.cut(self._most_frames, self._most_columns, max(1, self._window // 2))
         handle = call.handle
@@ -340,7 +341,7 @@ class SendQueue:
             self._line.append(handle)
 
     def enqueue(self, request: TurnCall[Any]) -> None:
-        """A request whose turn comes after the calls that were made through its stream handle before."""
+        """Queue a request, which is asked after the earlier calls of its handle."""
         request.stamp = self._table.stamp()
         request.handle.requests.append(request)
         self.go_on(request.handle)
@@ -386,7 +387,7 @@ class SendQueue:
         return min(min(self._full_since.values()) + self._timeout_s, resend_at) if self._full_since else resend_at
 
     def stepped(self, answer: Stepped) -> None:
-        """STEPPED came for a block.
+        """Take in the STEPPED for a block.
 
         Raises:
             MalformedMessage: when it answers nothing that was asked.
@@ -400,7 +401,7 @@ class SendQueue:
         self._take(block, answer)
 
     def refused(self, number: int, refusal: ErrorReply, now: float) -> bool:
-        """ERROR came for a block, if there is one of that number: nothing of it was applied."""
+        """Take in an ERROR, if it is for a block. The server has applied nothing of this block."""
         block = self.on_the_way.get(number)
         if block is None:
             return False
@@ -416,9 +417,9 @@ class SendQueue:
         return True
 
     def woke(self, rows: Indices) -> None:
-        """Continue streams that are asleep no more, once frames that were sent before are answered.
+        """Continue streams that have woken, once the frames that were sent before are answered.
 
-        Otherwise frames that are sent now could come before those, which have to be sent again.
+        Those have to be sent again, and before any new frame.
         """
         self._table.sleep(rows)
         self._table.settling[rows] = True
@@ -445,7 +446,7 @@ class SendQueue:
         self.woke(rows)
 
     def lost(self) -> None:
-        """The connection is lost: all waits, to go out again once there is another and the table has its handles."""
+        """Keep all blocks after the loss of a connection, to send them over the next one."""
         self._refused = self._blocks()
         self.on_the_way.clear()
         self._shutting_down_since = None
@@ -469,7 +470,7 @@ class SendQueue:
                     self._end(step, self._table.why_ended(int(step.rows[0])))
 
     def fail(self, error: type[InstepError], sentence: str) -> None:
-        """The session is over: everything that waits or is in flight fails."""
+        """End the session: everything that waits or is in flight fails."""
         for block in self._blocks():
             for step in block.calls:
                 self._end(step, error(sentence))
@@ -485,7 +486,7 @@ class SendQueue:
         self._full_since.clear()
 
     def go_on(self, handle: StreamHandle) -> None:
-        """Put a handle in line, unless it has nothing to send or something holds it up."""
+        """Put a handle in line, if it has something to send and nothing holds it up."""
         if handle.is_idle and (handle.steps or handle.requests):
             handle.is_idle = False
             self._line.append(handle)
@@ -645,7 +646,6 @@ class SendQueue:
     # Answers.
 
     def _blocks(self) -> list[StepBlock]:
-        """Every block that is not answered for good."""
         return [*self.on_the_way.values(), *self._refused]
 
     def _passes(self, code: Code, now: float) -> bool:
@@ -760,7 +760,6 @@ class SendQueue:
                 self._outbox.woken.append(request)
 
     def _abort(self, call: StepCall, error: InstepError) -> None:
-        """End a call that was not sent completely."""
         handle = call.handle
         handle.steps.remove(call)
         if self._full_since.pop(handle, None) is not None:

@@ -210,7 +210,7 @@ def evicted(header: Header, frames: Sequence[Frame]) -> tuple[U64, Code, str]:
 
 
 def moved(header: Header, frames: Sequence[Frame]) -> tuple[U64, U64]:
-    """Handles and next seqs of the connection's streams, which another version of the model computes now."""
+    """Handles and next seqs of streams that another version of the model computes now."""
     n, fingerprint = header.fields
     _text(fingerprint, "the fingerprint")
     count = wire.count_field(n, "N", _MOST, 0)
@@ -226,12 +226,12 @@ def woken(header: Header, frames: Sequence[Frame]) -> tuple[U64, U64]:
 
 
 def goodbye(header: Header) -> str:
-    """The server's last words."""
+    """The sentence of a GOODBYE."""
     return _text(header.fields[0], "the sentence")
 
 
 def _failures(frame: Frame, sentences: Any, columns: int) -> list[ColumnError]:
-    """The streams of a message that were refused; it has no timesteps."""
+    """The refused streams of a message without timesteps."""
     count, rest = divmod(len(frame), wire.FAILURE.itemsize)
     if rest or count > columns:
         raise MalformedMessage("the failures are not one entry a failed column")

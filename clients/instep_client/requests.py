@@ -104,7 +104,7 @@ class Greeting(Request[ServerInfo]):
 
 
 class Claim(Request[None]):
-    """The claim on this client's streams over a new connection, one portion after the other.
+    """The claim on this client's streams over a new connection, in portions.
 
     The server wakes those that hibernate; portions are so small that it can make room for them. Those that find no room
     are claimed again, as long as another connection would be tried for; then they have ended for this client.
@@ -136,10 +136,10 @@ class Claim(Request[None]):
             session.claimed()
 
     def accept(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
-        """Take the new handles of those that were granted; the others sleep on or have ended.
+        """Take the new handles of granted streams; the others hibernate still, or have ended.
 
-        A server that has less of a stream than was given of it is refused here when it did not notice: of frames whose
-        outputs came out of order only the first missing one was named in the claim.
+        A stream has lost data if the server expects a seq whose output has come already. The server cannot notice this
+        for outputs that came out of order, because a claim names only the first missing one.
         """
         session, table = self._session, self._session.table
         grants, failures = replies.granted(header, frames, len(part))
@@ -305,19 +305,17 @@ class StreamsRequest(Request[R]):
         return self._asked[part]
 
     def _is_renewed(self, refused: ColumnError) -> bool:
-        """Whether the request crossed the word that a stream, which had hibernated, has a new handle."""
+        """Whether a stream that hibernated got its new handle after it was asked for under the old one."""
         if self.handle is None or self.handle.closed or refused.code is not Code.UNKNOWN_STREAM:
             return False
         number = self.session.table.numbers[self.handle.rows[refused.column]]
         return bool(number != 0 and number != self._asked[refused.column])
 
     def _note(self, refused: ColumnError) -> None:
-        """Note a stream that was finally refused; the first one is reported."""
         if self.refusal is None or refused.column < self.refusal.column:
             self.refusal = refused
 
     def _why_refused(self) -> InstepError | None:
-        """The error, if a stream was refused."""
         return None if self.refusal is None else self._explain(self.refusal, self.names[self.refusal.column])
 
     def _explain(self, refused: ColumnError, name: str) -> InstepError:
@@ -328,7 +326,6 @@ class StreamsRequest(Request[R]):
         return known or StreamEvicted(refused.code, refused.sentence, name)
 
     def _end(self, error: InstepError | None = None) -> None:
-        """End it, with a result or an error."""
         if error is not None:
             self.fail(error)
         self.session.outbox.woken.append(self)
@@ -347,7 +344,7 @@ class TurnCall(StreamsRequest[R]):
     """The session's counter when it was queued."""
 
     def streams_ended(self, error: StreamEvicted) -> bool:
-        """Streams of its handle have ended before its turn came; whether it is given up, and fails with that error."""
+        """Whether it fails with that error, because streams of its handle ended before its turn came."""
         return True
 
     def _end(self, error: InstepError | None = None) -> None:
@@ -356,7 +353,7 @@ class TurnCall(StreamsRequest[R]):
 
 
 class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
-    """A read of states: of a handle's streams, or of anybody's by name. It changes nothing.
+    """A read of states, of a handle's streams or of any streams by name.
 
     The result is the next seqs uint64 [N] and rows of states [N, row_bytes].
     """
@@ -471,7 +468,7 @@ class Opening(StreamsRequest[StreamHandle]):
 
 
 class OpenCall(Opening):
-    """The opening of streams: one, with a state, or a group, with states of N streams; the initial one where None."""
+    """The opening of one stream, or of a group with states of N streams. States are the initial ones where None."""
 
     kind, reply = Kind.OPEN, Kind.OPENED
 
@@ -501,7 +498,7 @@ class OpenCall(Opening):
 
 
 class ForkCall(Opening, TurnCall[StreamHandle]):
-    """The copying of a handle's streams, as they are after everything sent through it, to new ones."""
+    """The copying of a handle's streams to new ones, after everything sent through it."""
 
     kind, reply = Kind.FORK, Kind.OPENED
 
@@ -515,9 +512,9 @@ class ForkCall(Opening, TurnCall[StreamHandle]):
 
 
 class ResumeCall(Opening):
-    """The resuming of streams of which the user has the outputs of seqs below `have`; all that there are where None.
+    """The resuming of streams. The user has the outputs of seqs below `have`; of all seqs where it is None.
 
-    A stream that was there before stays, whatever happens.
+    The streams stay open when the request fails.
     """
 
     kind, reply = Kind.RESUME, Kind.RESUMED
@@ -567,7 +564,7 @@ class ResumeCall(Opening):
 
 
 class ResetCall(TurnCall[None]):
-    """Other states for a handle's streams, initial ones if None, after everything sent through it."""
+    """The setting of states of a handle's streams, after everything sent through it; initial ones where None."""
 
     kind, reply = Kind.RESET, Kind.CHANGED
 
@@ -591,7 +588,7 @@ class ResetCall(TurnCall[None]):
 
 
 class CloseCall(TurnCall[U8]):
-    """The closing of a handle; the result is final states [N, row_bytes], `missing` where streams had ended.
+    """The closing of a handle. The result is final states [N, row_bytes]; streams that had ended have missing ones.
 
     `then` is called when it was done or has failed.
     """
@@ -660,7 +657,7 @@ class CloseCall(TurnCall[U8]):
         self.session.outbox.woken.append(self.handle)
 
     def streams_ended(self, error: StreamEvicted) -> bool:
-        """A single stream's close fails, and stays to give the row back when nothing is unanswered."""
+        """Fail for a single stream, but stay queued to give the row back when nothing is unanswered."""
         if self.handle.single:
             self.fail(error)
         return False

@@ -76,7 +76,7 @@ _PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN, Code.UNKNOWN_MODEL})
 
 
 def asks(kind: Callable[Concatenate[Session, P], Q]) -> Callable[Concatenate[Session, P], Q]:
-    """The verb that asks a request of a kind; it takes what the request is made of."""
+    """Make a method of `Session` that asks a request of this kind; it has the arguments of the request."""
 
     def verb(session: Session, /, *args: P.args, **kwargs: P.kwargs) -> Q:
         return session.ask(kind(session, *args, **kwargs))
@@ -88,7 +88,7 @@ def asks(kind: Callable[Concatenate[Session, P], Q]) -> Callable[Concatenate[Ses
 def queues(
     kind: Callable[Concatenate[Session, StreamHandle, P], T],
 ) -> Callable[Concatenate[Session, StreamHandle, P], T]:
-    """The verb that asks a request of a kind after everything that was sent through a handle."""
+    """Make a method of `Session` that asks a request of this kind after everything that was sent through a handle."""
 
     def verb(session: Session, handle: StreamHandle, /, *args: P.args, **kwargs: P.kwargs) -> T:
         session.check_handle(handle)
@@ -101,11 +101,11 @@ def queues(
 
 
 class Session:
-    """One client's side of the protocol: the verbs that users call, and what a driver does.
+    """One client's side of the protocol: methods for users' calls, and methods for the driver.
 
-    Each verb raises at once when a thing cannot be asked: InvalidInput for arguments, ClientClosed after the end of the
-    client or handle, StreamEvicted when the server ended a stream. Nothing is sent before `advance`. Calls without a
-    connection wait for the next one.
+    A call that cannot be asked raises at once: InvalidInput for its arguments, ClientClosed after the end of the client
+    or handle, StreamEvicted when the server ended a stream. Nothing is sent before `advance`. Calls wait while there
+    is no connection.
 
     Args:
         endpoint: where the driver connects to, `tcp://HOST:PORT` or `ipc://PATH`.
@@ -158,7 +158,11 @@ class Session:
 
     @property
     def info(self) -> ServerInfo:
-        """The server's description of itself and of the model; raises before the welcome."""
+        """The server's description of itself and of the model.
+
+        Raises:
+            InstepError: before the first welcome.
+        """
         if self._info is None:
             raise self.failure()
         return self._info
@@ -171,12 +175,12 @@ class Session:
         return bool(self.outbox.unanswered or self._claim) or (self.state is OPEN and self.queue.is_waiting)
 
     def take_reconnect(self) -> bool:
-        """Whether to close the socket with its unsent messages, and connect a new one now."""
+        """Whether to close the socket with its unsent messages and connect a new one now; asking clears it."""
         wanted, self._wants_socket = self._wants_socket, False
         return wanted
 
     def receive(self, frames: Sequence[Frame], now: float) -> None:
-        """A message came. A message that does not follow the protocol ends the session."""
+        """Take in a message. One that does not follow the protocol ends the session."""
         if self.state is RECONNECTING and not self.is_waiting:
             return  # of the connection that was given up
         self.now = self._silence.heard_at = now
@@ -209,7 +213,7 @@ class Session:
             self.lose(f"nobody answers at {self.endpoint} (waited {self._silence.timeout_s:g} s); {asks}?")
 
     def deadline(self) -> float | None:
-        """The time to call `advance` although nothing has happened; None for never."""
+        """The time to call `advance` even if nothing has happened; None for never."""
         if self.state is ENDED:
             return None
         soonest = self._silence.deadline
@@ -220,7 +224,7 @@ class Session:
         return None if soonest == math.inf else soonest
 
     def cancel(self, call: Call[Any]) -> None:
-        """Nobody waits for a call any more. Sent frames stay sent, and their answers are dropped."""
+        """Cancel a call. Sent frames stay sent, and their answers are dropped."""
         if self.state is OPEN or self.state is RECONNECTING:
             call.cancel()
 
@@ -356,25 +360,33 @@ class Session:
     # ── What may be asked ──────────────────────────────────────────────────────────────────────────────────────────
 
     def failure(self) -> InstepError:
-        """Why nothing can be asked: an error object of its own each time."""
+        """A new error object that says why nothing can be asked."""
         error, sentence = self._failure
         return error(sentence)
 
     def check_open(self) -> ServerInfo:
-        """The server's description of itself, where anything may be asked; raises where not."""
+        """Return the server's description of itself.
+
+        Raises:
+            InstepError: before the first welcome, and after the end of the session.
+        """
         if self._info is None or self.state is ENDED:
             raise self.failure()
         return self._info
 
     def check_handle(self, handle: StreamHandle) -> None:
-        """Raise where nothing may be asked of a handle's streams."""
+        """Raise the error of a client, handle or stream that has ended."""
         self.check_open()
         _check_not_closed(handle)
         if handle.has_ended:
             self.table.check_not_ended(handle.rows)
 
     def ask(self, request: Q) -> Q:
-        """Ask, now or when there is a connection again; raises where nothing may be asked."""
+        """Ask now, or when there is a connection again.
+
+        Raises:
+            InstepError: before the first welcome, and after the end of the session.
+        """
         self.check_open()
         if self.state is RECONNECTING:
             self._postponed[request] = None

@@ -35,7 +35,7 @@ _MAX_HEADER_BYTES: Final = 65_536
 
 State: TypeAlias = dict[str, npt.NDArray[Any]]
 GivenState: TypeAlias = Mapping[str, npt.ArrayLike] | npt.ArrayLike
-"""What users may give for a state: of a model with one leaf also the array alone."""
+"""A state as users may give it. For a model with one leaf, the array alone is enough."""
 
 
 def state_rows(state: GivenState, spec: StateSpec, count: int | None) -> U8:
@@ -55,9 +55,9 @@ def state_rows(state: GivenState, spec: StateSpec, count: int | None) -> U8:
 
 
 def as_state(rows: U8, spec: StateSpec, *, single: bool) -> State:
-    """Rows of bytes [N, row_bytes] as a user gets them: states of N streams, or the state of the only one.
+    """Turn rows of bytes [N, row_bytes] into states of N streams, or into the state of the only one.
 
-    The arrays are copies, and arrays also where they hold one value.
+    The arrays are copies. A single value is an array too.
     """
     return {name: np.array(array[0] if single else array, order="C") for name, array in spec.unpack(rows).items()}
 
@@ -155,7 +155,7 @@ class StreamSnapshot:
         return cls(about["name"], seq, state, about["fingerprint"], about["model"])
 
     def check(self, info: ServerInfo) -> None:
-        """Whether a server can go on from it.
+        """Check that a server can continue from it.
 
         Raises:
             InvalidInput: when it serves another model, or no stream can have this state.
@@ -189,7 +189,7 @@ def _safetensors() -> ModuleType:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk; without it, a new name may not outlive the loss of power."""
+    # without it, a new name may not outlive the loss of power
     if os.name == "nt":  # folders cannot be opened there, and names need no syncing
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -40,7 +40,7 @@ ENDING: Final = frozenset(
 )
 """Codes after which a stream can never be stepped again."""
 SLEEPS_ON: Final = frozenset({Code.TOO_MANY_STREAMS, Code.STEP_FAILED})
-"""Why a stream that hibernates cannot be woken now."""
+"""Codes for a stream that hibernates and cannot be woken now."""
 
 HANDLE = 0
 SEQ = 1
@@ -129,7 +129,7 @@ class OpenStreams:
         return self._clock
 
     def add(self, names: Sequence[str], grants: GrantArray, single: bool) -> StreamHandle:
-        """Rows for newly opened streams, and the stream handle over them.
+        """Add rows for newly opened streams, and return their handle.
 
         Rewinds of a row's former stream are older than any call of the new one, and need no clearing.
         """
@@ -170,7 +170,7 @@ class OpenStreams:
         return columns
 
     def came_next(self, rows: Indices, columns: U64, timesteps: int) -> bool:
-        """Outputs of the columns that were sent for one row came; whether they are its next ones, as nearly always."""
+        """Note outputs of one row, if they are its next ones, as nearly always; return whether they were."""
         place, first = 3 * rows.item() + ACKED, columns.item(SEQ)
         if self._early or self._words[place] != first:
             return False
@@ -178,7 +178,7 @@ class OpenStreams:
         return True
 
     def came(self, rows: Indices, first: U64, end: U64) -> None:
-        """Outputs of the seqs from `first` to `end`, uint64 [N] each, came for these rows."""
+        """Note outputs of these rows, of the seqs from `first` to `end`, uint64 [N] each."""
         acked = self.acked[rows]
         if not self._early and first.tobytes() == acked.tobytes():  # as nearly always
             self.acked[rows] = end
@@ -205,13 +205,13 @@ class OpenStreams:
             self._early[row] = waiting
 
     def rewind(self, row: int, expected: int, outputs_are_gone: bool) -> None:
-        """The stream's next frame is of that seq; outputs before it have come or, if they are gone, never will."""
+        """Continue a stream with that seq. Earlier outputs have come or, if they are gone, never will."""
         acked = int(self.acked[row])
         self.seqs[row] = expected
         self.acked[row] = expected if outputs_are_gone else min(acked, expected)
 
     def given(self, row: int) -> int:
-        """The seq before which the server must have computed everything: the last output that came says so."""
+        """The seq before which the server has computed every frame, as its outputs have shown."""
         return max([int(self.acked[row]), *(end for _, end in self._early.get(row, ()))])
 
     def in_window(self, rows: Indices, timesteps: int, window: int) -> bool:
@@ -227,7 +227,7 @@ class OpenStreams:
         return self.epoch[handle.rows] if handle.last_epochs is None else handle.last_epochs.copy()
 
     def moved(self, handles: U64, seqs: U64) -> None:
-        """Another version of the model computes these streams from these seqs on."""
+        """Note that another version of the model computes these streams from these seqs on."""
         rows, index = self._find(handles)
         self.moved_at[rows] = seqs[index]
 
@@ -238,7 +238,7 @@ class OpenStreams:
         return rows
 
     def sleep(self, rows: Indices, asleep: bool = True) -> None:
-        """Send nothing of these streams, or go on with them. Streams that have ended are skipped."""
+        """Send nothing of these streams, or continue them. Streams that have ended are skipped."""
         self.asleep[rows] = asleep & (self.ended[rows] == 0)
         self.settling[rows] = False
         for handle in self.handles_of(rows):
@@ -257,7 +257,7 @@ class OpenStreams:
         self.sleep(rows, False)
 
     def end(self, rows: Indices, code: Code, sentence: str) -> None:
-        """The server ended these streams; of those that had ended before, the first reason stays."""
+        """Note that the server ended these streams. Streams that had ended before keep their first reason."""
         rows = rows[self.ended[rows] == 0]
         self.ended[rows] = code
         self.sleep(rows, False)

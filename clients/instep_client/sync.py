@@ -1,7 +1,7 @@
-"""The client for threads: the same verbs as `aio.py`, without await.
+"""The client for threads: the same methods as in `aio.py`, without await.
 
 A client owns one daemon thread with an event loop in it, where an `AsyncClient` lives. Any number of threads may use
-the client and its streams at once; frames that they send in the same moment travel together.
+the client and its streams at once; frames that they send at the same moment travel together.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any, Concatenate, Final, Generic, NoReturn, ParamSpec, TypeVar
 
@@ -102,21 +102,16 @@ class LoopThread:
 
     def _main(self) -> None:
         try:
-            with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner, self._failure_kept():
-                runner.run(self._serve())
+            with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+                try:
+                    runner.run(self._serve())
+                except BaseException as error:  # before the runner cancels the waiting calls, so that these can name it
+                    self._failure = error
+                    raise
         except BaseException as error:  # whatever is raised in this thread ends nothing but the thread
             self._failure = self._failure or error
             _log.exception("the client's thread failed")
         self._is_up.set()
-
-    @contextmanager
-    def _failure_kept(self) -> Iterator[None]:
-        """Keep what goes wrong before the runner cancels what waits, so that it can be told why."""
-        try:
-            yield
-        except BaseException as error:
-            self._failure = error
-            raise
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -130,7 +125,6 @@ class LoopThread:
             await self._client.close(self._parks)
 
     def _raise_ended(self) -> NoReturn:
-        """Say why nothing can be run."""
         if self._failure is not None:
             raise ConnectionFailed(f"the client's thread failed ({self._failure!r}); make a new client")
         is_new = self._thread.ident is None and not self._stopping
@@ -139,7 +133,7 @@ class LoopThread:
 
 
 class InThread(Generic[A]):
-    """An asynchronous object in the loop of a thread, for the use of other threads."""
+    """An object of `aio.py` in the loop of a thread, for the use of other threads."""
 
     def __init__(self, thread: LoopThread, inner: A) -> None:
         self._thread = thread
@@ -147,7 +141,7 @@ class InThread(Generic[A]):
 
 
 def blocking(verb: Callable[Concatenate[A, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[InThread[A], P], R]:
-    """The same verb for other threads, with its signature and documentation: it returns when the work is done."""
+    """Make a method of `aio.py` one for other threads, which returns when the work is done."""
 
     @wraps(verb)
     def call(self: InThread[A], /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -159,7 +153,7 @@ def blocking(verb: Callable[Concatenate[A, P], Coroutine[Any, Any, R]]) -> Calla
 def opening(
     verb: Callable[Concatenate[A, P], Coroutine[Any, Any, H]], kind: Callable[[object, LoopThread, H], T]
 ) -> Callable[Concatenate[InThread[A], P], T]:
-    """The same verb for other threads, where it gives a stream or group, which is of a `kind` of its own there."""
+    """Make a method of `aio.py` that opens streams one for other threads; `kind` is the class that it returns."""
 
     @wraps(verb)
     def call(self: InThread[A], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -169,10 +163,10 @@ def opening(
 
 
 class _ThreadHandle(InThread[H], Generic[H]):
-    """The base of streams and groups. It keeps its client alive."""
+    """The base of streams and groups, which keep their client alive."""
 
     def __init__(self, client: object, thread: LoopThread, handle: H) -> None:
-        """Made by a `Client`."""
+        """The methods of `Client` make these."""
         super().__init__(thread, handle)
         self._client = client
         self._session, self._handle = handle._session, handle._handle
@@ -186,7 +180,7 @@ class Stream(_ThreadHandle[AsyncStream], StreamView):
     """
 
     def __init__(self, client: object, thread: LoopThread, handle: AsyncStream) -> None:
-        """Made by a `Client`."""
+        """The methods of `Client` make these."""
         super().__init__(client, thread, handle)
         self._taken: deque[Call[TimedOutputs] | None] = deque()
         """Ended calls whose outputs iterating gives next; after a call of `next`, only where that was interrupted."""
@@ -200,7 +194,7 @@ class Stream(_ThreadHandle[AsyncStream], StreamView):
     close = blocking(AsyncStream.close)
 
     def finish(self) -> None:
-        """Send nothing more; iterating ends after the last output; see `AsyncStream.finish`."""
+        """Send nothing more; see `AsyncStream.finish`."""
         self._thread.run(_finish(self._inner))
 
     def __iter__(self) -> Stream:
@@ -223,12 +217,12 @@ class Stream(_ThreadHandle[AsyncStream], StreamView):
             self._taken.append(await self._inner.next_call())
 
     def fork(self, name: str) -> Stream:
-        """A new stream that begins with this one's state and seq; see `AsyncStream.fork`."""
+        """Open a new stream with this one's state and seq; see `AsyncStream.fork`."""
         return Stream(self._client, self._thread, self._thread.run(self._inner.fork(name)))
 
 
 class Group(_ThreadHandle[AsyncGroup], GroupView):
-    """Many streams stepped by one array; see `AsyncGroup`, whose verbs these are. It keeps its client alive."""
+    """Streams that are stepped together by one array, with the methods of `AsyncGroup`. It keeps its client alive."""
 
     step = blocking(AsyncGroup.step)
     step_timed = blocking(AsyncGroup.step_timed)
@@ -237,14 +231,14 @@ class Group(_ThreadHandle[AsyncGroup], GroupView):
     close = blocking(AsyncGroup.close)
 
     def fork(self, names: Sequence[str]) -> Group:
-        """New streams that begin with their states and seqs; see `AsyncGroup.fork`."""
+        """Open a new stream for each of these; see `AsyncGroup.fork`."""
         return Group(self._client, self._thread, self._thread.run(self._inner.fork(names)))
 
 
 class Client(InThread[AsyncClient]):
     """A connection to one model of one server, usable from many threads; use it as `with Client() as client`.
 
-    Verbs and their arguments are those of `AsyncClient`.
+    Methods and their arguments are those of `AsyncClient`.
 
     A client that is dropped without `close` closes itself, at the latest when the interpreter exits. After a fork it
     works only in the process that made it.
@@ -276,7 +270,7 @@ class Client(InThread[AsyncClient]):
         self.close()
 
     def connect(self) -> None:
-        """Connect and greet the server, once; `with` does it.
+        """Connect and greet the server; `with` does it. A client connects only once.
 
         Raises:
             ConnectionRefused: when nothing listens at the endpoint, unless the client was made with `wait`.

@@ -256,7 +256,7 @@ def array_frame(frame: Frame, dtype: npt.DTypeLike, shape: tuple[int, ...], name
 
 
 def check_size(frame: Frame, itemsize: int, shape: tuple[int, ...], name: str) -> None:
-    """Refuse a raw frame that is no array of that shape.
+    """Check the size of a raw frame that is an array of that shape.
 
     Raises:
         MalformedMessage: when it has another number of bytes.
@@ -279,7 +279,7 @@ def pack_names(names: Sequence[str]) -> bytes:
 
 
 def unpack_names(frame: Frame, count: int) -> list[str]:
-    """The names frame of OPEN as `count` strings; whether each is a good name is `name_is_good`'s to say.
+    """The names frame of OPEN as `count` strings, which `name_is_good` may still refuse.
 
     Raises:
         MalformedMessage: when it is not UTF-8 or holds another number of names.
@@ -322,7 +322,6 @@ ANSWERED: Final = np.dtype([("request", "<u8"), ("columns", "<u8")])
 _ANSWERED: Final = struct.Struct("<2Q")
 _F4: Final = np.dtype("<f4")
 _HEADER_BYTES: Final = STEP_HEADER.size
-_LEAST_STEP_BYTES: Final = _HEADER_BYTES + COLUMN_BYTES
 _REQUESTS: Final = 2**63
 _MOST_US: Final = 2**32 - 1
 
@@ -356,40 +355,25 @@ def unpack_step(frames: Sequence[Frame]) -> tuple[int, int, int, int, int]:
         MalformedMessage: naming what is wrong.
     """
     header = frames[0]
-    size = len(header)
-    if len(frames) == 2 and size >= _LEAST_STEP_BYTES:
-        kind, dtype, reserved, timesteps, width, features, request = STEP_HEADER.unpack_from(header)
-        if (
-            size == _HEADER_BYTES + COLUMN_BYTES * width
-            and width <= MAX_BLOCK_STREAMS
-            and timesteps
-            and request < _REQUESTS
-            and kind == STEP
-            and not reserved
-        ):
-            return request, timesteps, width, features, dtype
-    raise _malformed_step(frames)
-
-
-def _malformed_step(frames: Sequence[Frame]) -> MalformedMessage:
-    header = frames[0]
     if len(frames) != 2:
-        return MalformedMessage(f"a STEP message has 2 frames, this one {len(frames)}")
+        raise MalformedMessage(f"a STEP message has 2 frames, this one {len(frames)}")
     if len(header) < _HEADER_BYTES:
-        return MalformedMessage(f"a STEP header is {_HEADER_BYTES} bytes, this frame {len(header)}")
-    kind, _, reserved, timesteps, width, _, request = STEP_HEADER.unpack_from(header)
+        raise MalformedMessage(f"a STEP header is {_HEADER_BYTES} bytes, this frame {len(header)}")
+    kind, dtype, reserved, timesteps, width, features, request = STEP_HEADER.unpack_from(header)
     if kind != STEP:
-        return MalformedMessage(f"a STEP begins with {STEP}, not {kind}")
+        raise MalformedMessage(f"a STEP begins with {STEP}, not {kind}")
     if reserved:
-        return MalformedMessage("the reserved bytes of the header must be 0")
+        raise MalformedMessage("the reserved bytes of the header must be 0")
     if request >= _REQUESTS:
-        return MalformedMessage("the request number must be an integer from 0 to 2^63 - 1")
+        raise MalformedMessage("the request number must be an integer from 0 to 2^63 - 1")
     if not timesteps:
-        return MalformedMessage("T must be at least 1")
+        raise MalformedMessage("T must be at least 1")
     if not 1 <= width <= MAX_BLOCK_STREAMS:
-        return MalformedMessage(f"N must be from 1 to {MAX_BLOCK_STREAMS}")
+        raise MalformedMessage(f"N must be from 1 to {MAX_BLOCK_STREAMS}")
     columns = len(header) - _HEADER_BYTES
-    return MalformedMessage(f"columns must be {COLUMN_BYTES * width} bytes for N = {width}, they are {columns}")
+    if columns != COLUMN_BYTES * width:
+        raise MalformedMessage(f"columns must be {COLUMN_BYTES * width} bytes for N = {width}, they are {columns}")
+    return request, timesteps, width, features, dtype
 
 
 def request_of_step(header: Frame) -> int:
@@ -467,8 +451,8 @@ def send_now(socket: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) ->
     """Hand a message to ZeroMQ.
 
     Raises:
-        zmq.Again: there is no room for the message now.
-        zmq.ZMQError: any other error; nothing of the message was taken.
+        zmq.Again: when there is no room for the message now.
+        zmq.ZMQError: for any other error; nothing of the message was taken.
     """
     send = socket.send
     for frame in frames[:-1]:
@@ -497,7 +481,7 @@ def receive_now(socket: zmq.Socket[bytes]) -> list[bytes | memoryview]:
 def received_from(
     router: zmq.Socket[bytes], at_most: int, most_parts: int
 ) -> Iterator[tuple[bytes, list[bytes], bool]]:
-    """The messages of a ROUTER: the routing id, the frames, copied, and whether these are the whole message.
+    """The messages of a ROUTER: routing id, copied frames, and whether the message has no more frames.
 
     At most `at_most` messages are read. Of a longer message only the first `most_parts` frames and one more are read;
     the caller discards the rest with `skip_parts`.
@@ -522,7 +506,7 @@ def received_from(
 
 
 def skip_parts(socket: zmq.Socket[bytes], at_most: int) -> bool:
-    """Discard up to a number of parts of a message; return whether all of it is gone."""
+    """Discard up to `at_most` parts of a message; return whether none is left."""
     return any(not socket.recv(NOW, False).more for _ in range(at_most))
 
 
