@@ -8,7 +8,7 @@ import pytest
 
 import instep_client
 from instep_client.protocol import errors
-from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.codes import Code
 
 
 def test_errors_have_one_tree_and_familiar_relatives() -> None:
@@ -20,7 +20,7 @@ def test_errors_have_one_tree_and_familiar_relatives() -> None:
 
 
 def test_every_code_has_a_sentence() -> None:
-    assert set(SENTENCES) == set(Code)
+    assert all(code.sentence for code in Code)
 
 
 def test_it_imports_nothing_before_it_is_asked_to() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from instep_client import replies
 from instep_client.protocol import wire
-from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.wire import Kind
 from tests.support.fake_server import INFO, Message, error, evicted, pack, stepped, welcome
@@ -83,7 +83,7 @@ def test_stepped_gives_outputs_failures_and_times() -> None:
     (answer,) = replies.stepped(stepped(1, y, [(2, 1, Code.NOT_FINITE, 5)], (10, 20, 30)))
     assert answer.request == 1
     assert answer.outputs.tolist() == y.tolist()
-    assert answer.failures == [(2, 1, Code.NOT_FINITE, SENTENCES[Code.NOT_FINITE], 5)]
+    assert answer.failures == [(2, 1, Code.NOT_FINITE, Code.NOT_FINITE.sentence, 5)]
     assert answer.times == (10, 20, 30)
 
 
@@ -102,9 +102,9 @@ def test_closed_gives_states() -> None:
 
 def test_the_small_ones() -> None:
     assert read([pack(Kind.STATISTICS, 1, [["a", 1], ["b", 0.5]])]) == {"a": 1.0, "b": 0.5}
-    assert read(error(1, Code.BUSY, 2000)) == (Code.BUSY, SENTENCES[Code.BUSY], 0.002)
+    assert read(error(1, Code.BUSY, 2000)) == (Code.BUSY, Code.BUSY.sentence, 0.002)
     handles, code, sentence = read(evicted([4, 5]))
-    assert (handles.tolist(), code, sentence) == ([4, 5], Code.IDLE, SENTENCES[Code.IDLE])
+    assert (handles.tolist(), code, sentence) == ([4, 5], Code.IDLE, Code.IDLE.sentence)
     assert read([pack(Kind.GOODBYE, 0, "bye")]) == "bye"
 
 
@@ -154,7 +154,7 @@ def test_failures_and_sentences_that_contradict_the_message_are_malformed(entrie
     good = [pack(Kind.CLOSED, 1, 3, SAID), bytes(48), failures((0, 0, 101, 0), (2, 0, 100, 0))]
     assert [failure[:4] for failure in read(good, 3, 16)[1]] == [
         (0, 0, Code.SEQ_GAP, "gap"),
-        (2, 0, Code.NOT_FINITE, SENTENCES[Code.NOT_FINITE]),
+        (2, 0, Code.NOT_FINITE, Code.NOT_FINITE.sentence),
     ]
     with pytest.raises(MalformedMessage):
         read([pack(Kind.CLOSED, 1, 3, sentences), bytes(48), entries], 3, 16)

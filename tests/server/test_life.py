@@ -22,7 +22,7 @@ from instep.server.loop import Loop, Stall
 from instep.server.preparation import CannotServe
 from instep.server.server import Server
 from instep.streaming.tasks import Tasks
-from instep_client.protocol.wire import PROTOCOL_VERSION, SENTENCES, Code, Kind
+from instep_client.protocol.wire import PROTOCOL_VERSION, Code, Kind
 from tests.support.commits import held_commits
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
@@ -184,7 +184,7 @@ async def test_it_is_ready_while_it_serves_and_not_while_it_drains(rng: np.rando
             while not server.default.engine.unanswered_messages:
                 await asyncio.sleep(0)
             server.stop()
-            x_new, why = np.zeros((1, 1, F), np.float32), SENTENCES[Code.SHUTTING_DOWN]
+            x_new, why = np.zeros((1, 1, F), np.float32), Code.SHUTTING_DOWN.sentence
             for message in (
                 client.open_message("new"),
                 client.step_message(handles[1:], [0], x_new),

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import zmq
 
-from instep_client.protocol.codes import HAVE_ALL, SENTENCES, Code
+from instep_client.protocol.codes import HAVE_ALL, Code
 from instep_client.protocol.wire import (
     CLAIM,
     CLOSING,
@@ -79,12 +79,12 @@ def pack(kind: Kind, request: int, *fields: Any) -> bytes:
 
 def error(request: int, code: Code, retry_after_us: int = 0) -> Message:
     """ERROR."""
-    return [pack(Kind.ERROR, request, int(code), SENTENCES[code], retry_after_us)]
+    return [pack(Kind.ERROR, request, int(code), code.sentence, retry_after_us)]
 
 
 def evicted(handles: Sequence[int], code: Code = Code.IDLE) -> Message:
     """EVICTED."""
-    return [pack(Kind.EVICTED, 0, len(handles), int(code), SENTENCES[code]), np.array(handles, "<u8").tobytes()]
+    return [pack(Kind.EVICTED, 0, len(handles), int(code), code.sentence), np.array(handles, "<u8").tobytes()]
 
 
 def woken(former: Sequence[int], handles: Sequence[int]) -> Message:
@@ -116,7 +116,7 @@ def stepped(
 
 def granted(kind: Kind, request: int, grants: npt.NDArray[np.void], refused: Sequence[Any] = ()) -> Message:
     """OPENED or RESUMED; a refusal is (column, 0, code, 0, expected seq)."""
-    said = [[code, SENTENCES[Code(code)]] for code in sorted({entry[2] for entry in refused})]
+    said = [[code, Code(code).sentence] for code in sorted({entry[2] for entry in refused})]
     entries = np.array(list(refused), FAILURE)
     return [pack(kind, request, len(grants), "memory", said), grants.tobytes(), entries.tobytes()]
 
@@ -419,7 +419,7 @@ class FakeRules:
         return np.array([nan if stream is None else stream.state for stream in found], np.float32)
 
     def _answer(self, kind: Kind, request: int, count: int, arrays: list[bytes], refused: list[Any]) -> Message:
-        said = [[code, SENTENCES[Code(code)]] for code in sorted({entry[2] for entry in refused})]
+        said = [[code, Code(code).sentence] for code in sorted({entry[2] for entry in refused})]
         return [pack(kind, request, count, said), *arrays, np.array(refused, FAILURE).tobytes()]
 
     def _close(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import instep_tools
-from instep_client.protocol.wire import SENTENCES, Code, Kind
+from instep_client.protocol.wire import Code, Kind
 from instep_tools.app import app
 from tests.support.fake_server import INFO, FakeServer, error, reference
 
@@ -55,9 +55,9 @@ def test_ping_of_a_server_that_takes_no_connection(server: FakeServer, code: Cod
     assert result.exit_code == status
     if status == 1:
         about = {"endpoint": server.endpoint, "ready": False, "round_trip_ms": None, "server": None}
-        assert json.loads(result.stdout) == {**about, "why": SENTENCES[code]}
+        assert json.loads(result.stdout) == {**about, "why": code.sentence}
     else:
-        said = f"{code.name}: {SENTENCES[code]}"
+        said = f"{code.name}: {code.sentence}"
         assert (json.loads(result.stdout), result.stderr) == ({"error": said}, f"error: {said}\n")
 
 

@@ -85,6 +85,3 @@ class Code(IntEnum):
         code = int.__new__(cls, value)
         code._name_, code._value_, code.sentence = f"CODE_{value}", value, f"code {value}"
         return code
-
-
-SENTENCES: Final[dict[Code, str]] = {code: code.sentence for code in Code}

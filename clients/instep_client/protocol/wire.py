@@ -32,7 +32,6 @@ from instep_client.protocol.codes import HAVE_ALL as HAVE_ALL
 from instep_client.protocol.codes import MAX_MODEL_NAME_LENGTH as MAX_MODEL_NAME_LENGTH
 from instep_client.protocol.codes import MAX_NAME_BYTES as MAX_NAME_BYTES
 from instep_client.protocol.codes import PROTOCOL_VERSION as PROTOCOL_VERSION
-from instep_client.protocol.codes import SENTENCES as SENTENCES
 from instep_client.protocol.codes import UNKNOWN as UNKNOWN
 from instep_client.protocol.codes import Code as Code
 from instep_client.protocol.codes import Place as Place

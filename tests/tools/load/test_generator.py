@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from instep_client.protocol.codes import SENTENCES, Code
+from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ConnectionFailed, FrameFailure, FramesRefused, Refused
 from instep_tools.load.generator import Load, PartResult
 from instep_tools.load.plan import LoadPart, LoadPlan
@@ -112,12 +112,12 @@ async def test_what_is_never_answered_counts_with_the_time_it_waited() -> None:
 
 def refuse_some(number: int) -> float:
     if number == 1:
-        raise Refused(Code.BUSY, SENTENCES[Code.BUSY])
+        raise Refused(Code.BUSY, Code.BUSY.sentence)
     if number == 2:
         outputs = np.zeros((1, 2, 2), np.float32)
         outputs[0, 1] = np.nan
         failure = FrameFailure("b", 2, Code.STEP_FAILED, 2)
-        raise FramesRefused(Code.STEP_FAILED, SENTENCES[Code.STEP_FAILED], (failure,), outputs)
+        raise FramesRefused(Code.STEP_FAILED, Code.STEP_FAILED.sentence, (failure,), outputs)
     return 0.0
 
 
@@ -130,7 +130,7 @@ async def test_refused_frames_are_counted_by_code() -> None:
 def lose_one_of_a_block(number: int) -> float:
     if number == 4:
         failures = (FrameFailure("a", 4, Code.SEQ_GAP, 0), FrameFailure("b", 4, Code.STATE_LOST, 0))
-        raise FramesRefused(Code.SEQ_GAP, SENTENCES[Code.SEQ_GAP], failures, np.zeros((1, 2, 2), np.float32))
+        raise FramesRefused(Code.SEQ_GAP, Code.SEQ_GAP.sentence, failures, np.zeros((1, 2, 2), np.float32))
     return 0.01
 
 
