@@ -44,12 +44,12 @@ _NOT_LESS: Final = ("window_frames", "credit_frames", "max_block_frames", "max_m
 
 
 class Call(Generic[R]):
-    """A call of the session. `done` once, with a result or an error."""
+    """A call of the session, which ends once, with a result or an error."""
 
     done = False
     error: InstepError | None = None
     waiter: Future[None] | None = None
-    """The driver's, which hangs it on the call and ends it when the call is to be woken."""
+    """The driver's future, which it completes to wake the task that waits for the call."""
     _result: R
 
     def finish(self, result: R) -> None:
@@ -129,7 +129,7 @@ class Asked(NamedTuple):
 class Outbox:
     """Messages to be sent, the requests that wait for replies, and the calls and handles that the driver has to wake.
 
-    STEPs are numbered with the requests, and kept by `frames.SendQueue`.
+    STEPs share the numbers of the requests; `frames.SendQueue` keeps them.
     """
 
     def __init__(self) -> None:
@@ -325,7 +325,7 @@ class Silence(Request[None]):
             now: the time.
             is_waiting: whether anything is unanswered.
             may_probe: whether a PING would be understood.
-            keep_alive_s: after how long a connection without anything unanswered is probed; infinity for never.
+            keep_alive_s: seconds after which a connection without anything unanswered is probed; infinity for never.
         """
         if not is_waiting:
             self._waiting_since = math.inf

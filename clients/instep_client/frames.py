@@ -294,7 +294,7 @@ class SendQueue:
         self._line: deque[StreamHandle] = deque()
         """The handles that take turns."""
         self._full_since: dict[StreamHandle, float] = {}
-        """The handles that wait until the user takes outputs, and since when there are any; infinity for not yet."""
+        """The handles that wait until the user takes outputs, with the time of the first output; infinity before it."""
         self.on_the_way: dict[int, StepBlock] = {}
         """Blocks that the server has not answered, by number."""
         self._unanswered_frames = 0

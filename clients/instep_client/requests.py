@@ -171,7 +171,7 @@ class Claim(Request[None]):
 
 
 class Question(Request[R]):
-    """A request of one message that is about no streams; `decode` reads its reply, of kind `reply`."""
+    """A request of one message. `decode` reads its reply, which is of kind `reply`."""
 
     def __init__(
         self,
@@ -403,10 +403,10 @@ class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
 
 
 class Opening(StreamsRequest[StreamHandle]):
-    """A request that gives streams to this client; the result is their stream handle. All of them come, or none."""
+    """A request that gives streams to this client, all of them or none. The result is their stream handle."""
 
     begins_streams: ClassVar[bool] = True
-    """Whether the streams begin with it, and are closed again when nobody gets them."""
+    """Whether it creates the streams, which are closed again where it fails."""
 
     def __init__(
         self, session: Session, names: Sequence[str], single: bool, source: StreamHandle | None = None
@@ -590,7 +590,7 @@ class ResetCall(TurnCall[None]):
 class CloseCall(TurnCall[U8]):
     """The closing of a handle. The result is final states [N, row_bytes]; streams that had ended have missing ones.
 
-    `then` is called when it was done or has failed.
+    `then` is called when it has ended.
     """
 
     kind, reply = Kind.CLOSE, Kind.CLOSED

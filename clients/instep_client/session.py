@@ -153,7 +153,7 @@ class Session:
         self._claim: Claim | None = None
         """The claim over a new connection, from its WELCOME on until all streams were claimed."""
         self._is_new = True
-        """Whether the server has yet to say that it does not know the connection that the socket has just made."""
+        """Whether the socket is new, so that the next HELLO_FIRST may only announce its connection."""
         self.greeting.ask()
 
     @property

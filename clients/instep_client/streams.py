@@ -69,8 +69,8 @@ class StreamHandle:
     """The next seqs and the epochs as they were when the rows were given back."""
     waiter: Future[None] | None = None
     is_idle = True
-    """Whether it is not in line to send, and not held up by a request that was asked or by outputs that nobody takes.
-    Otherwise its frames wait for answers, or for streams to wake."""
+    """Whether `SendQueue.go_on` may put it in line to send. False while it is in line, and while a request that was
+    asked, or outputs that nobody takes, hold it up."""
 
     def __init__(self, names: Sequence[str], rows: Indices, single: bool) -> None:
         self.names = tuple(names)
@@ -98,13 +98,13 @@ class OpenStreams:
         self.numbers, self.seqs, self.acked = self.columns.T
         """Views of its columns; `numbers` are the server's handles."""
         self._words = memoryview(bytearray())
-        """The numbers of `columns`, row by row: of one row they are read and written faster than through the array."""
+        """A view of `columns` as plain numbers, row by row, which is faster where it is about one row."""
         self.epoch: U64 = np.zeros(0, np.uint64)
         """The epoch of each stream."""
         self.server_has: U64 = np.zeros(0, np.uint64)
-        """The seq that the server expected when the stream was ended, of those that it refused to resume."""
+        """The seq that the server expected, for streams that it refused to resume."""
         self._early: dict[int, list[tuple[int, int]]] = {}
-        """Outputs that came before earlier ones of their streams, by row: first seqs, and seqs after the last."""
+        """Outputs that came out of order, by row: the first seq, and the seq after the last, of each run of them."""
         self.rewound_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """The session's counter at the last rewind of the next seq."""
         self.held: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
@@ -112,9 +112,9 @@ class OpenStreams:
         self.ended: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """The code with which the server ended the stream, 0 while it is open."""
         self.asleep: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether nothing is sent because the stream hibernates, or has until now: see `settling`."""
+        """Whether the stream hibernates or is `settling`, so that nothing of it is sent."""
         self.settling: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether the server has woken the stream or given that up, and frames sent before are not all answered."""
+        """Whether the server has woken the stream, or could not, and frames that were sent before are unanswered."""
         self.sentences: dict[int, str] = {}
         """The server's sentence for each code in `ended`."""
         self.moved_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
