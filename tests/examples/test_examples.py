@@ -36,6 +36,7 @@ PAGE = (ROOT / "examples" / "README.md").read_text()
 ROUNDING = 1e-4
 """Outputs are probabilities or gains, from 0 to 1. The verifier finds ours up to 3.3e-5 from the network in float64.
 The package's float32 may be as far off on the other side, and half as much again is left for other processors."""
+QUICK = ("nsnet2", "silero_vad")
 FROM_S, TO_S = 6, 9
 """Part of the conversation: silence first, then two people."""
 
@@ -47,7 +48,9 @@ def served_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in EXAMPLES]
+)
 def test_a_network_of_a_package_is_served(name: str, tmp_path: Path) -> None:
     example = EXAMPLES[name]
     try:

@@ -33,6 +33,7 @@ def test_the_shipped_model_reaches_its_accuracy() -> None:
     assert (round(370 * last_frame), round(5687 * all_frames)) == (358, 5395)
 
 
+@pytest.mark.long
 def test_the_command_trains_a_model_as_good_as_the_shipped_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
