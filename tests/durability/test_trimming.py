@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from instep.recording.inspection import inspect
 from instep.recording.reader import RecordingReader
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
+from instep_client import AsyncClient, AsyncStream
 from tests.support.disk import Disk, Operation, after_power_loss, lay_out, written
 from tests.support.models import SMALL, whole
+from tests.support.running import running
 from tests.support.story import Story, assert_restored, new_engine, story_header
 from tests.support.stretches import stretches_of
 
@@ -102,3 +105,37 @@ def test_a_machine_that_lost_power_at_any_point(trace: tuple[list[Operation], in
         with RecordingReader(path) as reader:
             assert reader.last_position >= reported
         check(path, story)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("limit", [{"keep_bytes": 700_000}, {"keep_s": 0.05}], ids=str)
+async def test_streams_go_on_exactly_while_and_after_their_history_is_trimmed(
+    rng: np.random.Generator, tmp_path: Path, limit: dict[str, float]
+) -> None:
+    path, told, names = tmp_path / "r.instep", list[dict[str, Any]](), ("busy", "idle")
+    x: dict[str, list[F32]] = {name: [] for name in names}
+    y: dict[str, list[F32]] = {name: [] for name in names}
+
+    async def step(name: str, stream: AsyncStream) -> None:
+        x[name].append(rng.standard_normal((128, 5)).astype(np.float32))
+        y[name].append(await stream.step(x[name][-1]))
+
+    def trimmed() -> list[int]:
+        return [each["position"] for each in told if each["event"] == "recording trimmed"]
+
+    async with (
+        running(SMALL, told=told, recording={"file": path, **limit}) as server,
+        AsyncClient(server.endpoint) as client,
+    ):
+        busy, idle = [await client.open(name) for name in names]
+        await step("idle", idle)
+        while len(trimmed()) < 3:
+            await step("busy", busy)
+        epochs = {"busy": busy.epoch, "idle": idle.epoch}
+        await client.close(park=True)
+    with RecordingReader(path) as reader:
+        assert reader.first_position == trimmed()[-1] + 1
+    async with running(SMALL, recording={"file": path}) as server, AsyncClient(server.endpoint) as client:
+        for name in names:
+            await step(name, await client.resume(name, 128 * len(x[name]), epochs[name]))
+            np.testing.assert_array_equal(np.concatenate(y[name]), whole(SMALL, np.concatenate(x[name]))[0])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from instep.config import Config, load_config
@@ -14,11 +17,13 @@ from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.server.checks import rehearse
 from instep.server.preparation import CannotServe, prepare
-from instep_client import AsyncClient, Refused
+from instep_client import AsyncClient, Client, Refused
 from instep_client.protocol.wire import Code
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import plain, whole
 from tests.support.running import log_into, running
+from tests.support.served import serving
+from tests.support.warm import run_instep
 
 EARS = replace(plain(5, 8), name="ears")
 VOWELS = replace(plain(3, 16, seed=9), name="vowels")
@@ -37,6 +42,32 @@ def folders(tmp_path: Path) -> list[Path]:
 def frames_of(rng: np.random.Generator, name: str, count: int) -> F32:
     """float32 [count, features]."""
     return rng.standard_normal((count, FEATURES[name])).astype(np.float32)
+
+
+def test_each_client_gets_the_outputs_of_its_model_through_a_crash_and_each_recording_verifies(
+    folders: list[Path], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    x = {name: frames_of(rng, name, 60) for name in MODELS}
+    (tmp_path / "recordings").mkdir()
+    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
+        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    arguments = [str(folders[1]), "--restart", "--record", str(tmp_path / "recordings")]
+    with serving(folders[0], *arguments, endpoint=endpoint, start_new_session=True) as served:
+        served.until("serving")
+        with Client(endpoint, model="vowels") as vowels, Client(endpoint) as ears:
+            streams = {"ears": ears.open("s"), "vowels": vowels.open("s")}
+            outputs = {name: [stream.step(x[name][:30])] for name, stream in streams.items()}
+            (child,) = psutil.Process(served.process.pid).children()
+            child.kill()
+            for name, stream in streams.items():
+                outputs[name].append(stream.step(x[name][30:]))
+        served.process.terminate()
+        served.end()
+        assert served.process.returncode == 0
+    for name, model in MODELS.items():
+        np.testing.assert_array_equal(np.concatenate(outputs[name]), whole(model, x[name])[0])
+        verified = run_instep(["verify", str(tmp_path / "recordings" / f"{name}.instep")])
+        assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
 async def test_a_connection_sees_the_streams_the_numbers_and_the_limits_of_its_model_alone(

@@ -129,6 +129,35 @@ def test_a_crash_after_a_reload_serves_the_models_that_were_reloaded_with_their_
             assert client.info.fingerprint == plain(5, 8, seed=1).fingerprint
 
 
+def test_a_crash_undoes_no_reload_and_loads_no_other_weights_whatever_the_files_hold_by_then(
+    supervised: tuple[Served, str], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    served, endpoint = supervised
+    x, file = random_frames(rng, 30)[:, 0], tmp_path / "c.yaml"
+    for value in (66, 77):
+        file.write_text(f"limits: {{park_s: {value}}}\n")
+        served.process.send_signal(signal.SIGHUP)
+        served.until("reloaded")
+    good = file.read_text()
+    file.write_text("limits: [\n")
+    with Client(endpoint) as client:
+        stream = client.open("s")
+        y = [stream.step(x[:10])]
+        write_model(tmp_path / "model", plain(5, 8, seed=9), overwrite=True)
+        for first, is_read in ((10, False), (20, True)):
+            if is_read:
+                served.process.send_signal(signal.SIGHUP)
+                served.until("not reloaded")
+            server_of(served).send_signal(signal.SIGSEGV)
+            assert served.until("reload kept")["changed"] == ["limits.park_s: 60.0 → 77.0"]
+            served.until("serving")
+            y.append(stream.step(x[first : first + 10]))
+        np.testing.assert_array_equal(np.concatenate(y), whole(SMALL, x)[0])
+    file.write_text(good)
+    served.process.send_signal(signal.SIGHUP)
+    assert served.until("reloaded")["changed"] == [], "77 was in effect"
+
+
 def test_an_interrupt_from_a_terminal_reaches_the_server_once(supervised: tuple[Served, str]) -> None:
     served, _ = supervised
     server = server_of(served)

@@ -14,6 +14,7 @@ import pytest
 from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.models.model import Model
+from instep.streaming.journal import Journal
 from instep_client import AsyncClient, AsyncStream
 from tests.support.models import whole
 from tests.support.running import running
@@ -131,6 +132,33 @@ async def test_streams_without_a_connection_move_too(
         stream = await client.resume("s", have=10, take_over=True)
         y = np.concatenate([first, await stream.step(x[10:])])
         np.testing.assert_array_equal(y, truth(x, 10) if policy == "move" else replayed_truth(x, 4, 10))
+
+
+async def test_a_stream_that_falls_asleep_while_the_recording_is_committed_moves_too(
+    folder: Path, recordings: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = rng.standard_normal((20, 5)).astype(np.float32)
+    async with (
+        running(A, recording={"file": recordings}, engine=EXACT) as server,
+        AsyncClient(server.endpoint) as client,
+    ):
+        stream = await client.open("s")
+        first = await stream.step(x[:10])
+        committed, hibernation = Journal.committed, server.default.operations.hibernation
+
+        async def slowly(journal: Journal, lsn: int) -> None:
+            monkeypatch.setattr(Journal, "committed", committed)
+            await committed(journal, lsn)
+            limits = server.config.limits.model_copy(update={"hibernate_after_s": 0.1})
+            server.configure(server.config.model_copy(update={"limits": limits}))
+            while not hibernation:
+                await asyncio.sleep(0.01)
+
+        monkeypatch.setattr(Journal, "committed", slowly)
+        assert not await reload_models(server, folder, "move")
+        assert Journal.committed is committed
+        assert stream.moved_at == 10
+        np.testing.assert_array_equal(np.concatenate([first, await stream.step(x[10:])]), truth(x, 10))
 
 
 async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_more(
