@@ -14,6 +14,7 @@ from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import ConnectionFailed
 from tests.support.fake_server import RING_INFO, error, goodbye, reference
 from tests.support.session_link import Link, X, lasting, lose
+from tests.support.step_messages import parts
 
 
 def is_lost(link: Link) -> bool:
@@ -170,3 +171,14 @@ class TestAttempts:
         link.run(step)
         with pytest.raises(ConnectionFailed, match=named):
             step.result()
+
+    def test_a_server_that_refuses_the_client_for_good(self) -> None:
+        link = lasting()
+        link.open("a")
+        lose(link)
+        link.advance(2.0)
+        hello = link.to_server.pop()
+        link.to_client.append(error(parts(hello)[0][1], Code.WRONG_VERSION))
+        link.deliver()
+        with pytest.raises(ConnectionFailed):
+            link.session.ping(0.0)

@@ -98,16 +98,6 @@ async def test_a_server_that_was_restarted_without_a_recording_is_told_from_an_e
         await client.close()
 
 
-async def test_what_a_client_and_its_streams_are_is_said() -> None:
-    async with running(SMALL) as server, AsyncClient(server.endpoint) as client:
-        stream = await client.open("mic-7")
-        await stream.step(np.zeros((3, F)))
-        assert repr(stream) == f"<AsyncStream 'mic-7' next_seq=3 epoch={stream.epoch}>"
-        assert repr(await client.open_group(["a", "b", "c"])) == "<AsyncGroup of 3: 'a' … 'c'>"
-        assert repr(client) == f"<AsyncClient {server.endpoint}: connected>"
-        assert "state=" not in repr(await stream.snapshot())
-
-
 def test_the_environment_names_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INSTEP_ENDPOINT", "tcp://127.0.0.1:1")
     assert repr(AsyncClient()) == "<AsyncClient tcp://127.0.0.1:1: not connected yet>"
