@@ -25,12 +25,12 @@ StreamPlace: TypeAlias = Literal["connected", "parked", "hibernating"]
 _PAGE: Final = 4096
 IfExists: TypeAlias = Literal["error", "resume", "replace"]
 _MOST_ATTEMPTS: Final = 3
-"""Attempts of `open`: others may open and close streams of that name meanwhile."""
+"""The most attempts of `open`, because others may open and close streams of that name meanwhile."""
 _MOVED_ON: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED, Code.IDLE, Code.FENCED, Code.STATE_LOST})
 
 
 class StreamView:
-    """The properties of an `AsyncStream` and a `Stream`, which need no message to the server."""
+    """The properties of an `AsyncStream` and a `Stream`, which send nothing to the server."""
 
     _session: Session
     _handle: StreamHandle
@@ -53,7 +53,7 @@ class StreamView:
 
     @property
     def epoch(self) -> int:
-        """The number of this ownership of the stream, for `resume`. Each new connection changes it."""
+        """The number of this ownership of the stream, for `resume`. It changes with each new connection."""
         return int(self._session.table.epochs(self._handle)[0])
 
     @property
@@ -67,7 +67,7 @@ class StreamView:
 
 
 class GroupView:
-    """The properties of an `AsyncGroup` and a `Group`, which need no message to the server."""
+    """The properties of an `AsyncGroup` and a `Group`, which send nothing to the server."""
 
     _session: Session
     _handle: StreamHandle
@@ -101,8 +101,6 @@ class GroupView:
 
 
 class _Handle:
-    """The base of streams and groups."""
-
     def __init__(self, session: Session, driver: Driver, handle: StreamHandle) -> None:
         """The methods of `AsyncClient` make these."""
         self._session = session
@@ -116,12 +114,11 @@ class _Handle:
 class AsyncStream(_Handle, StreamView):
     """One stream: frames in, outputs out, in order.
 
-    Frames are sent in the order in which `step` and `send` were called. A frame that the server refuses leaves the
-    stream as it was; frames that were sent behind it before the refusal came are refused too, with SEQ_GAP. A call that
-    is cancelled while its frames wait for credit takes them back; frames that were sent count as sent (`next_seq`
-    tells).
+    Frames are sent in the order in which `step` and `send` were called. A frame that the server refuses does not change
+    the stream; frames that were sent after it, before the refusal arrived, are refused too, with SEQ_GAP. A call that
+    is cancelled while its frames wait for credit withdraws them; sent frames stay sent (see `next_seq`).
 
-    A connection that is lost is made anew (see `AsyncClient`): calls just take longer, and every frame is applied once.
+    A lost connection is replaced (see `AsyncClient`): calls take longer, and every frame is still applied once.
 
     Every method raises StreamEvicted (or its subclass DataLoss) once the stream has ended, ConnectionFailed once the
     server is gone for good, and ClientClosed after `close`.
@@ -145,7 +142,7 @@ class AsyncStream(_Handle, StreamView):
     async def send(self, x: npt.ArrayLike) -> None:
         """Send a frame or chunk without waiting for its outputs. Iterate over the stream to get them.
 
-        Waits while the server's credit is used up, and while the unread outputs are as many as that credit.
+        Waits while the server's credit is used up, and while there are as many unread outputs as that credit.
 
         Raises:
             InvalidInput: for another shape, or values that float32 cannot hold.
@@ -165,7 +162,7 @@ class AsyncStream(_Handle, StreamView):
         return self
 
     async def __anext__(self) -> F32:
-        """The outputs of the next `send`, in the shape that `step` would give.
+        """The outputs of the next `send`, in the shape that `step` would return.
 
         Raises:
             FramesRefused: when frames were refused; iterating may continue.
@@ -189,13 +186,13 @@ class AsyncStream(_Handle, StreamView):
     async def read_state(self) -> tuple[int, State]:
         """Return the seq of the next frame and the present state.
 
-        The state does not contain frames that were sent but are not applied yet.
+        The state does not include frames that were sent but not applied yet.
         """
         seqs, states = await self._driver.wait(self._session.read_state(self._handle))
         return int(seqs[0]), self._state(states)
 
     async def reset(self, state: GivenState | None = None) -> None:
-        """Set the state, by default to the initial one, once everything sent was answered. Seqs continue.
+        """Set the state, by default to the initial one, after all sent frames were answered. Seqs continue.
 
         Raises:
             StreamRefused: when the server refuses.
@@ -204,7 +201,7 @@ class AsyncStream(_Handle, StreamView):
         await self._driver.wait(self._session.reset(self._handle, state))
 
     async def fork(self, name: str) -> AsyncStream:
-        """Open a new stream with this one's state and seq, once everything sent was answered.
+        """Open a new stream with this one's state and seq, after all sent frames were answered.
 
         Raises:
             StreamRefused: when the server refuses the new stream.
@@ -215,13 +212,13 @@ class AsyncStream(_Handle, StreamView):
         return AsyncStream(self._session, self._driver, handle)
 
     async def snapshot(self) -> StreamSnapshot:
-        """Read the state with its seq and model, to be saved, or restored on any server of that model."""
+        """Read the state with its seq and model, to save it or restore it on any server of that model."""
         seq, state = await self.read_state()
         info = self._session.info
         return StreamSnapshot(self.name, seq, state, info.fingerprint, info.model)
 
     async def close(self) -> State:
-        """Close the stream once everything sent was answered, and return its final state.
+        """Close the stream after all sent frames were answered, and return its final state.
 
         Raises:
             StreamRefused: when the server refuses.
@@ -230,7 +227,7 @@ class AsyncStream(_Handle, StreamView):
 
 
 class AsyncGroup(_Handle, GroupView):
-    """Streams that are stepped together by one array. Each of them can be refused or evicted alone."""
+    """Streams that are stepped together with one array. Each of them can be refused or evicted alone."""
 
     async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
         """Send one frame for each stream [N, features], or T frames [T, N, features]; return outputs in the same form.
@@ -238,9 +235,9 @@ class AsyncGroup(_Handle, GroupView):
         `rows` are the distinct indices of the N streams that take the step; None for all.
 
         Raises:
-            FramesRefused: when some were not applied; its `outputs` hold the others'.
-            StreamEvicted: when one of the streams has ended. If it ended after the call, `outputs` hold the others'; if
-                it had ended before, `outputs` is None and nothing was sent. Leave the stream out with `rows`.
+            FramesRefused: when some frames were not applied; its `outputs` contain the others'.
+            StreamEvicted: when one of the streams has ended. If it ended after the call, `outputs` contain the others';
+                if it had ended before, `outputs` is None and nothing was sent. Leave the stream out with `rows`.
             InvalidInput: for another shape, bad rows, or values that float32 cannot hold.
         """
         return (await self.step_timed(x, rows)).outputs
@@ -255,7 +252,7 @@ class AsyncGroup(_Handle, GroupView):
         return seqs, self._state(states)
 
     async def reset(self, states: GivenState | None = None) -> None:
-        """Set all states, by default to the initial one, once everything sent was answered.
+        """Set all states, by default to the initial one, after all sent frames were answered.
 
         Raises:
             StreamRefused: naming the first stream that the server refuses; others may have been reset.
@@ -269,7 +266,7 @@ class AsyncGroup(_Handle, GroupView):
         return AsyncGroup(self._session, self._driver, handle)
 
     async def close(self) -> State:
-        """Close all streams and return their final states. Floats of streams that had ended are NaN.
+        """Close all streams and return their final states, in which floats of ended streams are NaN.
 
         Raises:
             StreamRefused: when the server refuses one that is open.
@@ -337,7 +334,7 @@ class AsyncClient:
         Raises:
             ConnectionRefused: when nothing listens at the endpoint, unless the client was made with `wait`.
             ConnectionFailed: when nobody answers within `timeout_s`, or, without `wait`, no host of that name is known.
-            Refused: when the server does not take this client, or has no model of that name (UNKNOWN_MODEL).
+            Refused: when the server refuses this client, or has no model of that name (UNKNOWN_MODEL).
         """
         await self._driver.start(self._wait)
 
@@ -351,7 +348,7 @@ class AsyncClient:
 
     @property
     def is_connected(self) -> bool:
-        """Whether the client has a connection. It has none before `connect`, while it reconnects, and after its end."""
+        """Whether the client is connected: not before `connect`, while it reconnects, or after its end."""
         return self._session.state is OPEN
 
     @property
@@ -401,7 +398,7 @@ class AsyncClient:
         raise AssertionError
 
     async def open_group(self, names: Sequence[str], initial_states: GivenState | None = None) -> AsyncGroup:
-        """Open streams to be stepped by one array; `initial_states` are those of N streams.
+        """Open streams to be stepped with one array; `initial_states` are those of N streams.
 
         Either all are opened or none: those that were opened before one was refused are closed again, and their names
         free, when this raises.
@@ -452,7 +449,7 @@ class AsyncClient:
         return AsyncGroup(self._session, self._driver, await self._driver.wait(call))
 
     async def read_state(self, name: str) -> tuple[int, State]:
-        """Read the state of any stream of the server, parked ones included; its owner notices nothing.
+        """Read the state of any stream of the server, even a parked one, without disturbing its owner.
 
         Returns:
             The seq of the stream's next frame, and its state.
@@ -482,12 +479,12 @@ class AsyncClient:
         return await self.open(snapshot.name if name is None else name, snapshot.state, snapshot.seq)
 
     async def list_streams(self, prefix: str = "", place: StreamPlace | None = None) -> list[ListedStream]:
-        """List the model's streams by the beginning of their names and, if given, by place, whoever owns them.
+        """List the model's streams by prefix of their names and, optionally, by place, whoever owns them.
 
         Streams that open, close or move meanwhile may be missing or appear twice.
 
         Raises:
-            InvalidInput: for another place, or a prefix that no name can begin with.
+            InvalidInput: for an unknown place, or a prefix that no name can have.
         """
         places = get_args(StreamPlace)
         if place is not None and place not in places:
@@ -502,11 +499,11 @@ class AsyncClient:
                 return found
 
     async def list_models(self) -> list[ServedModel]:
-        """The models of the server. The first one is for clients that name none."""
+        """The models of the server, beginning with the default."""
         return await self._driver.wait(self._session.models())
 
     async def ping(self) -> float:
-        """The seconds that a message takes to the server and back."""
+        """The time of a round trip to the server, in seconds."""
         return await self._driver.wait(self._session.ping(time.monotonic()))
 
     async def stats(self) -> dict[str, float]:

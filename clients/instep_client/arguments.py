@@ -26,7 +26,7 @@ NOBODY: Final[Indices] = np.zeros(0, np.int64)
 
 _FLOAT32: Final = np.dtype(np.float32)
 _SHOWN: Final = 60
-"""Characters of a bad name in a sentence."""
+"""The number of characters of a bad name that a message shows."""
 _TCP: Final = re.compile(r"tcp://(?P<host>[^\s/*]+):(?P<port>\*|[0-9]{1,5})")
 _HTTP: Final = re.compile(r"https?://(?P<host>[^\s/:][^\s/]*?)(:[0-9]*)?(/.*)?")
 _ADDRESS: Final = re.compile(r"[^\s:/*]+:[0-9]{1,5}")
@@ -37,7 +37,7 @@ DEFAULT_HTTP_PORT: Final = 5780
 
 
 def as_array(x: npt.ArrayLike, what: str, kind: str = "an array of numbers") -> npt.NDArray[Any]:
-    """Anything that numpy reads, as an array: not a ragged list. A tensor gives its values."""
+    """Convert anything that numpy reads to an array, except ragged lists; a tensor gives its values."""
     if getattr(x, "requires_grad", False):
         x = x.detach()  # type: ignore[union-attr]
     try:
@@ -64,7 +64,7 @@ def float32_copy(x: npt.ArrayLike, what: str) -> F32:
 
 
 def stream_frames(x: npt.ArrayLike, features: int) -> tuple[F32, tuple[int, ...]]:
-    """One stream's frame [features] or chunk [T, features] as [T, 1, features], and the shape to answer in."""
+    """One stream's frame [features] or chunk [T, features] as [T, 1, features], and the shape of the answer."""
     frames = float32_copy(x, "a frame")
     if frames.shape == (features,):
         return frames.reshape(1, 1, features), ()
@@ -77,7 +77,7 @@ def stream_frames(x: npt.ArrayLike, features: int) -> tuple[F32, tuple[int, ...]
 
 
 def group_frames(x: npt.ArrayLike, columns: int, features: int) -> tuple[F32, tuple[int, ...]]:
-    """A group's frames [N, features] or [T, N, features] as [T, N, features], and the shape to answer in."""
+    """A group's frames [N, features] or [T, N, features] as [T, N, features], and the shape of the answer."""
     frames = float32_copy(x, "a group's frames")
     if frames.ndim not in (2, 3) or frames.shape[-2:] != (columns, features) or frames.size == 0:
         raise InvalidInput(
@@ -88,7 +88,7 @@ def group_frames(x: npt.ArrayLike, columns: int, features: int) -> tuple[F32, tu
 
 
 def row_indices(rows: npt.ArrayLike, count: int) -> Indices:
-    """Indices of streams in a group of `count`: at least one, distinct, from 0 to `count - 1`."""
+    """Check indices of streams in a group of `count`: at least one, distinct, from 0 to `count - 1`."""
     raw = as_array(rows, "rows", "an array of indices")
     if raw.ndim != 1 or raw.size == 0 or raw.dtype.kind not in "iu":
         raise InvalidInput("rows must be a one-dimensional array of at least one integer index")
@@ -103,7 +103,7 @@ def row_indices(rows: npt.ArrayLike, count: int) -> Indices:
 
 
 def counts(x: npt.ArrayLike, count: int, what: str) -> U64:
-    """One number from 0 to 2^64 - 1 for all of `count` streams, or one for each: uint64 [count]."""
+    """Expand one number from 0 to 2^64 - 1, or one for each of `count` streams, to uint64 [count]."""
     kind = f"one integer of at least 0, or {count} of them"
     numbers = as_array(x, what, kind)
     if numbers.dtype.kind not in "iu" or numbers.shape not in ((), (count,)) or int(numbers.min()) < 0:
@@ -128,7 +128,7 @@ def check_settings(client: str, model: str, timeout_s: float, reconnect_s: float
 
 
 def good_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of distinct streams, at least one."""
+    """Check the names of one or more distinct streams."""
     if isinstance(names, str):
         raise InvalidInput("a group's names must be a sequence of strings, not one string")
     names = tuple(names)
@@ -151,7 +151,7 @@ def good_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def why_no_name(name: object, which: str = "") -> str:
-    """Say why no stream may have this name; `which` tells where it was found."""
+    """A sentence about an invalid name; `which` tells where it was found."""
     return (
         f"{_shown(name)}{which} is not a valid stream name: {_why_bad(name)}; "
         f"a name is a string of 1 to {MAX_NAME_BYTES} bytes of printable UTF-8"

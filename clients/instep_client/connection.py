@@ -68,7 +68,7 @@ class Call(Generic[R]):
         """Cancel it. Sent messages count as sent, and their replies are dropped."""
 
     def result(self) -> R:
-        """The result of a call that is done.
+        """The result of a call that has ended.
 
         Raises:
             InstepError: whatever it failed with.
@@ -79,7 +79,7 @@ class Call(Generic[R]):
 
 
 class Request(Call[R], ABC):
-    """A call that is asked in messages of one kind and answered in messages of another.
+    """A call that is sent in messages of one kind and answered in messages of another.
 
     A subclass defines its encoding (`ask`) and its handling of a reply, an ERROR and a lost connection.
     """
@@ -92,34 +92,34 @@ class Request(Call[R], ABC):
     def ask(self) -> None:
         """Send its messages, perhaps once more after the connection was lost.
 
-        Requests that the session makes by itself, and sends in its own way, are never asked.
+        Requests that the session itself makes and sends do not implement this.
         """
         raise NotImplementedError
 
     @abstractmethod
     def accept(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
-        """Take in a reply.
+        """Process a reply.
 
         Args:
-            part: which of its streams the message was about.
+            part: indices of the streams that the message was about.
             header: of the reply.
-            frames: of the reply, the header included.
+            frames: of the reply, including the header.
 
         Raises:
             MalformedMessage: when the reply does not follow the protocol.
         """
 
     def refused(self, part: Indices, refusal: ErrorReply) -> None:
-        """Take in an ERROR that came in place of a reply."""
+        """Process an ERROR that came in place of a reply."""
         self.fail(Refused(refusal.code, refusal.sentence))
 
     def lost(self) -> bool:
-        """Whether to ask again over the next connection, after one was lost before all replies came."""
+        """Whether to ask again over the next connection, after the connection was lost before all replies."""
         return True
 
 
 class Asked(NamedTuple):
-    """A message that waits for its one reply."""
+    """A message that waits for its reply."""
 
     request: Request[Any]
     part: Indices
@@ -134,16 +134,15 @@ class Outbox:
 
     def __init__(self) -> None:
         self.unanswered: dict[int, Asked] = {}
-        """By number."""
+        """Messages without a reply, by number."""
         self.messages: list[Message] = []
-        """Messages to send, in order."""
         self.woken: list[Call[Any] | StreamHandle] = []
         """Calls that ended or were sent, and handles whose outputs changed; the driver wakes their tasks."""
         self._last_number = 0
         self._last_taken = 0
 
     def next_number(self) -> int:
-        """The number of the next message; they grow."""
+        """The number of the next message; numbers rise."""
         self._last_number += 1
         return self._last_number
 
@@ -160,7 +159,7 @@ class Outbox:
         return any(asked.request.reply is reply for asked in self.unanswered.values())
 
     def under_way(self, reply: Kind) -> dict[int, Asked]:
-        """Requests that the driver has taken and the server will answer with this kind, by number."""
+        """By number, requests that the driver has taken and whose replies are of this kind."""
         return {
             number: asked
             for number, asked in self.unanswered.items()
@@ -187,7 +186,7 @@ class Outbox:
 
 
 def parts(count: int, info: ServerInfo) -> list[Indices]:
-    """The numbers below `count`, cut so that the names or states of each part's streams fit into one message."""
+    """The numbers below `count`, cut so that names and states of each part's streams fit into one message."""
     row_bytes = info.state.row_bytes
     stream_bytes = max(MAX_NAME_BYTES + 1, row_bytes)  # a name ends its line
     most = max(1, min(info.max_message_bytes // stream_bytes, MAX_REPLY_BYTES // row_bytes, MAX_BLOCK_STREAMS))
@@ -207,12 +206,12 @@ GREETING, OPEN, RECONNECTING, ENDED = State  # to look a member up in its class 
 
 
 class Attempts:
-    """The attempts at another connection.
+    """The attempts to connect again.
 
     Args:
         reconnect_s: seconds of attempts after a loss; 0 for none.
         timeout_s: the longest that any attempt waits for its WELCOME.
-        rng: draws the delays.
+        rng: randomizes the delays.
     """
 
     def __init__(self, reconnect_s: float, timeout_s: float, rng: Random) -> None:
@@ -242,7 +241,7 @@ class Attempts:
         self._next_at = now + self._attempt_timeout_s
 
     def is_due(self, now: float) -> bool:
-        """Whether the delay is over, or an attempt that has begun has waited for its WELCOME for long enough."""
+        """Whether the delay is over, or the present attempt has waited long enough for its WELCOME."""
         return now >= self._next_at
 
     def is_over(self, now: float) -> bool:
@@ -250,15 +249,15 @@ class Attempts:
         return self._lost_at is not None and now >= self._lost_at + self.reconnect_s
 
     def deadline(self) -> float:
-        """The time of the next attempt or of giving up."""
+        """The time of the next attempt, or of giving up."""
         return self._next_at if self._lost_at is None else min(self._next_at, self._lost_at + self.reconnect_s)
 
     def worked(self) -> None:
-        """Note an answer over the new connection, so that the next loss counts anew."""
+        """Note an answer over the new connection, so that the next loss starts a new count."""
         self._lost_at = None
 
     def why_given_up(self) -> str:
-        """A sentence with the reason of the loss, and that no other connection was made in time."""
+        """A sentence with the reason of the loss, which says that no other connection was made in time."""
         if not self.reconnect_s:
             return self.why
         end = " " if self.why.endswith("?") else "; "
@@ -269,7 +268,7 @@ class Attempts:
 
 
 def cannot_continue(former: ServerInfo, info: ServerInfo) -> str:
-    """Why the streams cannot continue on a restarted server; empty if they can."""
+    """The reason why streams cannot continue on a restarted server; empty if they can."""
     if any(getattr(info, name) != getattr(former, name) for name in _SAME):
         if info.model != former.model:
             return f"another model ({info.model!r})"
@@ -280,13 +279,13 @@ def cannot_continue(former: ServerInfo, info: ServerInfo) -> str:
 
 
 class Silence(Request[None]):
-    """Watches for silence: while something is unanswered, and over a connection that nobody uses.
+    """Watches for silence of the server, while something is unanswered and on an unused connection.
 
     Its message is a PING, to which any answer will do.
 
     Args:
         outbox: where probes go.
-        timeout_s: how long a silent server is waited for; it is probed after half of that.
+        timeout_s: the longest silence; the server is probed after half of it.
     """
 
     kind, reply = Kind.PING, Kind.PONG
@@ -297,7 +296,7 @@ class Silence(Request[None]):
         self.heard_at = 0.0
         """The time of the newest message; 0 before the first."""
         self.deadline = math.inf
-        """The time to watch again without a message; infinity for never."""
+        """The time of the next check if no message arrives; infinity for never."""
         self._waiting_since = math.inf
         self._is_asked = False
         self._asked_at = 0.0
@@ -313,7 +312,7 @@ class Silence(Request[None]):
         self._is_asked = False
 
     def lost(self) -> bool:
-        """Begin the wait anew with the next connection."""
+        """Start the wait again with the next connection."""
         self._waiting_since = self.deadline = math.inf
         self._is_asked = False
         return False

@@ -44,9 +44,9 @@ OPTIONS: Final = {
 }
 
 _RECEIVE_BURST: Final = 256
-"""Messages of one socket taken before other tasks get their turn."""
+"""The number of messages read from one socket before other tasks get their turn."""
 _SEND_AT: Final = 128
-"""Calls of one turn of the loop that are sent before the others are made, so that the server begins with them."""
+"""The number of calls in one turn of the loop after which they are sent, so that the server can begin with them."""
 _FIRST_LOOK_S: Final = 0.05
 """The time without an answer after which the driver checks whether anything listens at the endpoint."""
 FAREWELL_S: Final = 1.0
@@ -66,9 +66,8 @@ class Driver:
         self._farewell_s = farewell_s
         self._sockets: Sockets
         self.socket: zmq.Socket[bytes] | None = None
-        """Set from `start` to `stop`."""
         self.backlog: deque[Message] = deque()
-        """Messages that wait until the socket takes them."""
+        """Messages that wait until the socket accepts them."""
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._is_due = False
@@ -80,12 +79,12 @@ class Driver:
         """Connect, and wait until the server has welcomed the client.
 
         Args:
-            wait: also for a server that does not listen yet.
+            wait: whether to wait for a server that does not listen yet.
 
         Raises:
             ConnectionRefused: when nothing listens there, unless it is waited for.
             ConnectionFailed: when nobody answers, the endpoint is not valid, or no socket can be made.
-            Refused: when the server does not take this client.
+            Refused: when the server refuses this client.
             ClientClosed: when it was started or stopped before.
         """
         if self.socket is not None or self._stopped:
@@ -106,7 +105,7 @@ class Driver:
                 looking.cancel()
 
     async def stop(self, park: bool = False) -> None:
-        """End the session, tell the server unless its streams are to be parked, close the socket.
+        """End the session, notify the server unless its streams are to be parked, and close the socket.
 
         May be called twice.
         """
@@ -133,7 +132,7 @@ class Driver:
         return call.result()
 
     async def until_woken(self, call: Call[Any]) -> None:
-        """Wait until the call has ended, or was sent."""
+        """Wait until the call has ended or was sent."""
         if call.done:
             return
         call.waiter = waiter = self._loop.create_future()
@@ -200,7 +199,7 @@ class Driver:
             self._close(former)
 
     def receive(self, at_most: int = 1) -> None:
-        """Take in messages, and have the session act when the tasks that they wake have had their turn."""
+        """Process messages, and have the session act once the tasks that they wake have had their turn."""
         socket, session = self.socket, self._session
         if socket is None:
             return
@@ -282,10 +281,10 @@ class Driver:
 
 
 async def nothing_listens(endpoint: str) -> bool:
-    """Whether the operating system says that connections to an endpoint are refused, or that its file is missing.
+    """Whether the operating system refuses connections to an endpoint, or its socket file is missing.
 
-    ZeroMQ does not tell: it tries again for ever. What can only be seen by waiting, as a host that drops packets, is
-    not waited for here for longer than the system takes.
+    ZeroMQ does not report this, because it retries forever. A host that drops packets can only be detected by waiting,
+    and this function waits no longer than the operating system does.
 
     Raises:
         ConnectionFailed: if the host name is unknown.
@@ -321,7 +320,7 @@ async def nothing_listens(endpoint: str) -> bool:
 
 
 class Sockets:
-    """The sockets of one event loop's clients. It does not hold the loop, with which it is forgotten."""
+    """The sockets of one event loop's clients. It does not keep the loop alive, and is forgotten with it."""
 
     def __init__(self) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -330,7 +329,6 @@ class Sockets:
         self._due: list[Driver] = []
         self._after_tasks: list[Driver] = []
         self._asked_at = 0.0
-        """When the next turn was asked for."""
         self.lags = (0.0, 0.0)
         """The longest delay of a turn in the window of time before this one, and in this one."""
         self._window_ends_at = self._warn_at = 0.0
@@ -378,13 +376,13 @@ class Sockets:
             self._ask_turn(loop)
 
     def act_after_tasks(self, loop: asyncio.AbstractEventLoop, driver: Driver) -> None:
-        """Have a client act in the turn of the loop after that of the tasks that are being woken now."""
+        """Have a client act one turn of the loop later, after the tasks that are being woken now."""
         self._after_tasks.append(driver)
         if len(self._after_tasks) == 1:
             loop.call_soon(self._pass_on, loop)
 
     def look(self, loop: asyncio.AbstractEventLoop, drivers: Sequence[Driver]) -> None:
-        """Look which sockets are ready after their clients acted: a socket signals once, which acting may use up."""
+        """Check which sockets are ready after their clients acted, because acting may use up a socket's signal."""
         by_socket: dict[Any, Driver] = {driver.socket: driver for driver in drivers if driver.socket is not None}
         wanted = [
             (socket, wire.READABLE_OR_WRITABLE if driver.backlog else wire.READABLE)

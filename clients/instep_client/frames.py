@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 
 BEHIND: Final = "an earlier frame of this stream was refused, so this one, which came after it, was not applied"
 _DRAIN_RETRY_S: Final = 0.25
-"""The delay of blocks that a server refuses because it shuts down: it ends soon, or another server comes."""
+"""The delay before a block that a server refused because it shuts down is sent again."""
 _ONE_COLUMN: Final[Indices] = np.zeros(1, np.int64)
 
 EndedRows = dict[tuple[Code, str], list[int]]
-"""Rows of streams that have ended, by reason."""
+"""Rows of ended streams, by reason."""
 
 
 class TimedOutputs(NamedTuple):
@@ -64,7 +64,8 @@ class TimedOutputs(NamedTuple):
     compute_us: int
     """The step of that batch."""
     send_us: int
-    """From the end of that step until the server began to make the answer; copying the outputs and sending come after.
+    """From the end of that step until the server began to build the answer; copying the outputs and sending come after.
+    0 if no frame of the block was admitted.
 
     0 where no frame of the block was admitted.
     """
@@ -83,7 +84,7 @@ class StepCall(Call[TimedOutputs]):
     """Frames [T, N, features] for some rows of one stream handle."""
 
     sent = False
-    """Whether every frame was sent, or refused before it could be."""
+    """Whether every frame was sent, or refused before it could be sent."""
     times = (0, 0, 0)
     t = n = 0
     """The timestep and column at which the next piece begins."""
@@ -108,13 +109,15 @@ class StepCall(Call[TimedOutputs]):
         self._shape = shape
         """The shape of the user's outputs."""
         self.stamp = stamp
-        """The session's counter when it was made: a stream that was rewound later takes none of its frames."""
+        """The session's counter when it was made. If a stream is rewound later, none of this call's frames are sent for
+        it.
+        """
         self.keep = keep
         """Whether the outputs wait to be taken in order (a pipelined send)."""
         self.frames = self.left = len(x) * len(rows)
-        """`left` are those not answered for good."""
+        """The number of frames; `left` is the number of those without a final answer."""
         self.lone = handle.single and self.frames == 1
-        """Whether it is one frame of one stream, which shares a block with others."""
+        """Whether it is a single frame of one stream, which shares a block with others."""
         self.failures: dict[int, FailedFrames] = {}
         """The earliest failure of each column."""
 
@@ -124,11 +127,11 @@ class StepCall(Call[TimedOutputs]):
 
     @property
     def started(self) -> bool:
-        """Whether any of it was sent."""
+        """Whether any frame was sent."""
         return self.t > 0 or self.n > 0
 
     def cut(self, most_frames: int, most_columns: int, most_timesteps: int) -> None:
-        """Choose pieces within the limits: whole rows of streams where they fit, even parts of a row where not."""
+        """Choose pieces within the limits: whole rows of streams if they fit, otherwise equal parts of a row."""
         columns = self.x.shape[1]
         parts = -(-columns // most_columns)
         self.width = -(-columns // parts)
@@ -140,7 +143,7 @@ class StepCall(Call[TimedOutputs]):
         return slice(self.t, min(self.t + self.height, timesteps)), slice(self.n, min(self.n + self.width, columns))
 
     def next_rows(self) -> tuple[Indices, int]:
-        """The streams of the next piece, and how many timesteps it has."""
+        """The streams of the next piece, and its number of timesteps."""
         timesteps, columns = self.next_piece()
         return self.rows[columns], timesteps.stop - timesteps.start
 
@@ -162,7 +165,7 @@ class StepCall(Call[TimedOutputs]):
         self._outputs[t : t + len(outputs), columns] = outputs
 
     def put_lone(self, outputs: F32, times: tuple[int, int, int]) -> None:
-        """Copy the outputs [outputs] of its only frame."""
+        """Copy the outputs [outputs] of the only frame."""
         self._outputs = outputs.copy()
         self.times = times
         self.left = 0
@@ -202,7 +205,7 @@ class StepCall(Call[TimedOutputs]):
 
 
 class StepBlock:
-    """The frames of one STEP: a piece of one call, or single frames of many calls side by side."""
+    """The frames of one STEP: a piece of one call, or single frames of several calls side by side."""
 
     def __init__(
         self, calls: Sequence[StepCall], rows: Indices, columns: U64, x: F32, start: int, where: Indices
@@ -215,17 +218,17 @@ class StepBlock:
         self.x = x
         """float32 [T, N, features], contiguous."""
         self.start = start
-        """The call's timestep that is the block's first."""
+        """The timestep of the call at which the block begins."""
         self.where = where
         """The index of each column in its call."""
         self.frames = len(x) * len(rows)
         """Its number of frames, T × N."""
         self.number = 0
-        """The number it was last sent with; numbers grow."""
+        """The number under which it was last sent; numbers rise."""
 
     @classmethod
     def of_singles(cls, table: OpenStreams, calls: Sequence[StepCall]) -> StepBlock:
-        """Single frames of distinct streams side by side; their next seqs move on."""
+        """A block of single frames of distinct streams; advances their next seqs."""
         if len(calls) == 1:
             rows, x, where = calls[0].rows, calls[0].x, _ONE_COLUMN
         else:
@@ -235,11 +238,11 @@ class StepBlock:
         return cls(calls, rows, table.take_columns(rows, 1), x, 0, where)
 
     def owner(self, column: int) -> tuple[StepCall, int]:
-        """The call that a column belongs to, and which of the call's columns it is."""
+        """The call that a column belongs to, and the column's index in it."""
         return self.calls[column if len(self.calls) > 1 else 0], int(self.where[column])
 
     def take(self, columns: Indices) -> StepBlock:
-        """A block of some of the columns, sent when this one was."""
+        """A block of some columns, with the number of this one."""
         calls = [self.calls[column] for column in columns.tolist()] if len(self.calls) > 1 else self.calls
         x = np.ascontiguousarray(self.x[:, columns])
         part = StepBlock(calls, self.rows[columns], self.columns[columns], x, self.start, self.where[columns])
@@ -247,13 +250,13 @@ class StepBlock:
         return part
 
     def renew(self, table: OpenStreams) -> None:
-        """Prepare to send it again, with the present handles and acknowledgements."""
+        """Prepare to send it again, with present handles and acknowledgements."""
         present = table.columns[self.rows]
         self.columns[:, HANDLE] = present[:, HANDLE]
         self.columns[:, ACKED] = np.minimum(present[:, ACKED], self.columns[:, SEQ])
 
     def deliver(self, answer: Stepped) -> None:
-        """Every column was answered for good: give each call its outputs, and count its frames as answered."""
+        """Give each call its outputs once every column has its final answer, and count frames as answered."""
         first = self.calls[0] if self.calls else None
         if first is not None and not first.lone:
             first.put(self.start, self.where, answer.outputs)
@@ -277,9 +280,9 @@ class SendQueue:
 
     Args:
         table: the streams.
-        outbox: where messages go.
-        timeout_s: how long outputs may wait to be taken while more are to be sent.
-        shutdown_s: how long frames that a server refuses because it shuts down wait for the next server.
+        outbox: receives the messages.
+        timeout_s: the longest time for which outputs may wait to be taken while more frames wait to be sent.
+        shutdown_s: the longest time for which frames refused by a server that shuts down wait for the next one.
     """
 
     def __init__(self, table: OpenStreams, outbox: Outbox, timeout_s: float, shutdown_s: float) -> None:
@@ -290,7 +293,7 @@ class SendQueue:
         self._window = self._most_frames = self._most_columns = 1
         self._outputs_width = 0
         self._credit = 0
-        """The number of frames that may be unanswered."""
+        """The most frames that may be unanswered."""
         self._line: deque[StreamHandle] = deque()
         """The handles that take turns."""
         self._full_since: dict[StreamHandle, float] = {}
@@ -298,7 +301,6 @@ class SendQueue:
         self.on_the_way: dict[int, StepBlock] = {}
         """Blocks that the server has not answered, by number."""
         self._unanswered_frames = 0
-        """Frames of these blocks; never more than the server's credit."""
         self._refused: list[StepBlock] = []
         """Blocks that are to be sent again."""
         self._congested = False
@@ -378,19 +380,19 @@ class SendQueue:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether any frame that was sent has no answer, or one after which it is sent again."""
+        """Whether any sent frame has no answer yet, or has to be sent again."""
         return bool(self.on_the_way or self._refused)
 
     def deadline(self) -> float:
-        """The time at which `advance` has something to do without a message; infinity for never."""
+        """The time at which `advance` must be called even without a message; infinity for never."""
         resend_at = self._resend_at if self._congested and not self.on_the_way else math.inf
         return min(min(self._full_since.values()) + self._timeout_s, resend_at) if self._full_since else resend_at
 
     def stepped(self, answer: Stepped) -> None:
-        """Take in the STEPPED for a block.
+        """Process the STEPPED for a block.
 
         Raises:
-            MalformedMessage: when it answers nothing that was asked.
+            MalformedMessage: when it answers no block in flight.
         """
         block = self.on_the_way.get(answer.request)
         if block is None:
@@ -401,7 +403,7 @@ class SendQueue:
         self._take(block, answer)
 
     def refused(self, number: int, refusal: ErrorReply, now: float) -> bool:
-        """Take in an ERROR, if it is for a block. The server has applied nothing of this block."""
+        """Process an ERROR if it is for a block, of which the server has applied nothing."""
         block = self.on_the_way.get(number)
         if block is None:
             return False
@@ -486,7 +488,7 @@ class SendQueue:
         self._full_since.clear()
 
     def go_on(self, handle: StreamHandle) -> None:
-        """Put a handle in line, if it has something to send and nothing holds it up."""
+        """Put a handle in line if it has something to send and nothing blocks it."""
         if handle.is_idle and (handle.steps or handle.requests):
             handle.is_idle = False
             self._line.append(handle)
@@ -499,7 +501,7 @@ class SendQueue:
     # Sending.
 
     def _take_turns(self, now: float) -> bool:
-        """One round: the next block of every waiting stream handle, with single frames sharing a block."""
+        """Send one round: the next block of every waiting handle; single frames share a block."""
         table = self._table
         room = self._credit - self._unanswered_frames
         singles: list[StepCall] = []
@@ -631,7 +633,7 @@ class SendQueue:
         return index == len(blocks)
 
     def _give_up(self, block: StepBlock) -> Sequence[StepCall]:
-        """Refused frames that may not be sent again: their stream was rewound or ended meanwhile."""
+        """Fail refused frames that may not be sent again, because their stream was rewound or has ended."""
         for column, row in enumerate(block.rows.tolist()):
             call, index = block.owner(column)
             self._refuse_behind(call, index, row, int(block.columns[column, SEQ]))
@@ -661,7 +663,6 @@ class SendQueue:
         self._unanswered_frames -= block.frames
 
     def _fail(self, block: StepBlock, code: Code, sentence: str) -> None:
-        """Fail a block, of which nothing was or will be applied."""
         failures = [
             ColumnError(column, 0, code, sentence, int(seq)) for column, seq in enumerate(block.columns[:, SEQ])
         ]
@@ -740,7 +741,7 @@ class SendQueue:
             self.go_on(call.handle)
 
     def _end_unsent(self, handle: StreamHandle) -> None:
-        """Some streams of a handle have ended: its waiting calls fail, except the steps of a group.
+        """Fail the waiting calls of a handle some of whose streams have ended, except steps of a group.
 
         `_next_block` sends those without the ended streams. If a step failed here, its caller would repeat it for the
         other streams, but steps made in the meantime would be sent first, and a step that was partly sent would be

@@ -38,7 +38,7 @@ class Stepped(NamedTuple):
 
 
 class ErrorReply(NamedTuple):
-    """ERROR."""
+    """The contents of ERROR."""
 
     code: Code
     sentence: str
@@ -54,7 +54,7 @@ class ListedStream(NamedTuple):
     next_seq: int | None
     """The seq of its next frame; None if it hibernates."""
     pending: int
-    """Frames admitted and not answered yet."""
+    """The number of frames admitted and not answered yet."""
     idle_s: float
     """Seconds since it was last active."""
     expires_in_s: float | None
@@ -68,10 +68,10 @@ class ServedModel(NamedTuple):
     features: int
     outputs: int
     streams: int
-    """Open ones, parked and hibernating ones included."""
+    """The number of open streams, including parked and hibernating ones."""
     connections: int
     frames: int
-    """Stepped since the server started the model."""
+    """The number of frames stepped since the server started the model."""
 
 
 def welcome(header: Header, frames: Sequence[Frame]) -> ServerInfo:
@@ -99,7 +99,7 @@ def welcome(header: Header, frames: Sequence[Frame]) -> ServerInfo:
 
 
 def granted(header: Header, frames: Sequence[Frame], count: int) -> tuple[GrantArray, list[ColumnError]]:
-    """OPENED or RESUMED: grants [count], handle 0 where refused, and the refusals."""
+    """OPENED or RESUMED: grants [count], with handle 0 if refused, and the refusals."""
     n, durability, sentences = header.fields
     _count(n, count)
     _text(durability, "durability")
@@ -160,7 +160,7 @@ def statistics(header: Header, frames: Sequence[Frame]) -> dict[str, float]:
 
 
 def listed(header: Header, frames: Sequence[Frame]) -> tuple[list[ListedStream], int]:
-    """Some streams of the server, and the cursor of the next page, 0 after the last."""
+    """A page of the server's streams, and the cursor of the next page, 0 after the last."""
     n, cursor = header.fields
     count = wire.count_field(n, "N", wire.MAX_BLOCK_STREAMS, at_least=0)
     wire.count_field(cursor, "the cursor", 2**62, at_least=0)
@@ -195,14 +195,14 @@ def served(header: Header, frames: Sequence[Frame]) -> list[ServedModel]:
 
 
 def error(header: Header) -> ErrorReply:
-    """Why a message was refused, and when to try again."""
+    """The reason why a message was refused, and when to try again."""
     code, sentence, retry_after_us = header.fields
     wire.count_field(retry_after_us, "retry_after_us", 3_600_000_000, 0)
     return ErrorReply(_code(code), _text(sentence, "the sentence"), retry_after_us / 1e6)
 
 
 def evicted(header: Header, frames: Sequence[Frame]) -> tuple[U64, Code, str]:
-    """Handles of streams that the server ended, and why."""
+    """Handles of streams that the server ended, and the reason."""
     n, code, sentence = header.fields
     count = wire.count_field(n, "N", _MOST)
     handles: U64 = wire.array_frame(frames[1], "<u8", (count,), "handles")

@@ -77,7 +77,7 @@ _SAID: Final = frozenset({Code.DATA_LOSS, Code.OUTPUTS_GONE})
 
 
 class Greeting(Request[ServerInfo]):
-    """HELLO, at the beginning of every connection. The call ends with the first welcome."""
+    """HELLO at the beginning of every connection. The call ends with the first welcome."""
 
     kind, reply = Kind.HELLO, Kind.WELCOME
 
@@ -104,10 +104,10 @@ class Greeting(Request[ServerInfo]):
 
 
 class Claim(Request[None]):
-    """The claim on this client's streams over a new connection, in portions.
+    """The claim of this client's streams over a new connection, in portions.
 
-    The server wakes those that hibernate; portions are so small that it can make room for them. Those that find no room
-    are claimed again, as long as another connection would be tried for; then they have ended for this client.
+    The server wakes hibernating streams; portions are so small that it can make room for them. Streams that find no
+    room are claimed again for as long as the client would try to reconnect; after that they have ended for this client.
     """
 
     kind, reply = Kind.RESUME, Kind.RESUMED
@@ -136,7 +136,7 @@ class Claim(Request[None]):
             session.claimed()
 
     def accept(self, part: Indices, header: Header, frames: Sequence[Frame]) -> None:
-        """Take the new handles of granted streams; the others hibernate still, or have ended.
+        """Process new handles of granted streams; others still hibernate, or have ended.
 
         A stream has lost data if the server expects a seq whose output has come already. The server cannot notice this
         for outputs that came out of order, because a claim names only the first missing one.
@@ -196,7 +196,7 @@ class Question(Request[R]):
 
 
 class PingCall(Request[float]):
-    """One round trip; the result is its seconds."""
+    """A round trip; the result is its time in seconds."""
 
     kind, reply = Kind.PING, Kind.PONG
 
@@ -219,9 +219,9 @@ class StreamsRequest(Request[R]):
     """A request about streams: one message for each part of them. It ends when every part was answered.
 
     Args:
-        session: asks it.
-        names: of the streams it is about, or will open.
-        handle: whose streams it is about, if it is about streams of this client.
+        session: sends it.
+        names: of its streams, which may be yet to open.
+        handle: the handle of its streams, if they belong to this client.
     """
 
     def __init__(self, session: Session, names: Sequence[str], handle: StreamHandle | None = None) -> None:
@@ -232,7 +232,7 @@ class StreamsRequest(Request[R]):
         self.refusal: ColumnError | None = None
         """The first refused stream; its column counts the request's streams."""
         self.asked_before = False
-        """Whether it was asked over a connection that was lost, and may have been done then."""
+        """Whether it was asked over a connection that was lost, so it may have been carried out."""
         self._asked: U64 = np.zeros(len(self.names), np.uint64)
         """The server's handles under which the streams were asked for."""
 
@@ -251,7 +251,7 @@ class StreamsRequest(Request[R]):
 
     @abstractmethod
     def _conclude(self) -> None:
-        """Every part was answered: end it."""
+        """End the request after every part was answered."""
 
     # What all of them do.
 
@@ -337,7 +337,7 @@ class StreamsRequest(Request[R]):
 
 
 class TurnCall(StreamsRequest[R]):
-    """A request that waits until everything sent through its handle was answered, and comes before anything later."""
+    """A request that is asked after all earlier frames of its handle were answered, and before later ones."""
 
     handle: StreamHandle
     stamp: int
@@ -353,7 +353,7 @@ class TurnCall(StreamsRequest[R]):
 
 
 class ReadStateCall(StreamsRequest[tuple[U64, U8]]):
-    """A read of states, of a handle's streams or of any streams by name.
+    """A read of states: of a handle's streams, or of any streams by name.
 
     The result is the next seqs uint64 [N] and rows of states [N, row_bytes].
     """
@@ -415,7 +415,7 @@ class Opening(StreamsRequest[StreamHandle]):
         self.single = single
         self.grants: GrantArray = np.zeros(len(self.names), GRANT)
         self.abandoned = False
-        """Whether nobody waits any more."""
+        """Whether nobody waits for the result any more."""
 
     def ask(self) -> None:
         """Ask for all streams, unless nobody waits for them any more."""
@@ -468,7 +468,7 @@ class Opening(StreamsRequest[StreamHandle]):
 
 
 class OpenCall(Opening):
-    """The opening of one stream, or of a group with states of N streams. States are the initial ones where None."""
+    """The opening of one stream, or of a group with states of N streams; None for initial states."""
 
     kind, reply = Kind.OPEN, Kind.OPENED
 
@@ -512,7 +512,7 @@ class ForkCall(Opening, TurnCall[StreamHandle]):
 
 
 class ResumeCall(Opening):
-    """The resuming of streams. The user has the outputs of seqs below `have`; of all seqs where it is None.
+    """The resuming of streams. The user has the outputs of seqs below `have`; of all seqs if it is None.
 
     The streams stay open when the request fails.
     """
@@ -640,7 +640,7 @@ class CloseCall(TurnCall[U8]):
         self.session.table.numbers[self.handle.rows[closed]] = 0
 
     def _note(self, refused: ColumnError) -> None:
-        """Streams of a group that have ended have no final state, and are not an error."""
+        """Note ended streams of a group, which have no final state and are not an error."""
         if self.handle.single or refused.code not in ENDING:
             super()._note(refused)
 
@@ -664,7 +664,7 @@ class CloseCall(TurnCall[U8]):
 
 
 def closings(handles: U64) -> bytes:
-    """Closings of streams whose frames are all answered; further outputs are given up."""
+    """Closings of streams whose frames are all answered; later outputs are given up."""
     records = np.zeros(len(handles), CLOSING)
     records["handle"], records["have"] = handles, HAVE_ALL
     return records.tobytes()
@@ -674,7 +674,7 @@ class Farewell(Request[None]):
     """The closing of every stream. It ends once the server has read the last message.
 
     Args:
-        session: which has ended.
+        session: the ended session.
         openings: OPENs and FORKs that the server will answer, by number: what it grants is closed too.
     """
 
@@ -686,7 +686,7 @@ class Farewell(Request[None]):
             session.outbox.unanswered[number] = Asked(_LastOpening(self), asked.part)
 
     def close(self, handles: U64) -> None:
-        """Close streams, whose final states nobody waits for; PING once no grant is waited for."""
+        """Close streams whose final states nobody waits for; send PING once no grant is outstanding."""
         outbox = self._session.outbox
         for part in parts(len(handles), self._session.info):
             frames = [closings(handles[part])]
@@ -699,8 +699,6 @@ class Farewell(Request[None]):
 
 
 class _LastOpening(Request[None]):
-    """An OPEN or FORK that was asked before the end."""
-
     kind, reply = Kind.OPEN, Kind.OPENED
 
     def __init__(self, farewell: Farewell) -> None:

@@ -72,7 +72,7 @@ T = TypeVar("T", bound=TurnCall[Any])
 
 _STEPPED: Final = int(Kind.STEPPED)
 _PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN, Code.UNKNOWN_MODEL})
-"""Why a HELLO or RESUME is refused that may be granted a little later: a model is unloaded and loaded again, too."""
+"""Codes with which a HELLO or RESUME is refused only for a while; a model may also be unloaded and loaded again."""
 
 
 def asks(kind: Callable[Concatenate[Session, P], Q]) -> Callable[Concatenate[Session, P], Q]:
@@ -112,8 +112,8 @@ class Session:
         name: for the server's log.
         timeout_s: seconds to wait for a silent server.
         reconnect_s: seconds to try for another connection after one was lost; 0 for none.
-        rng: draws the delays between attempts.
-        model: the model that the connection is to; empty for the server's default.
+        rng: randomizes the delays between attempts.
+        model: the model to connect to; empty for the server's default.
 
     Raises:
         InvalidInput: for a bad endpoint, name or time.
@@ -138,18 +138,18 @@ class Session:
         self.queue = SendQueue(self.table, self.outbox, timeout_s, reconnect_s)
         self.attempts = Attempts(reconnect_s, timeout_s, rng or Random())
         self.greeting = Greeting(self, name, model)
-        """Ends with the server's welcome."""
+        """The request that ends with the server's welcome."""
         self._silence = Silence(self.outbox, timeout_s)
         self._info: ServerInfo | None = None
         self.forgets = False
-        """Whether the server was restarted between the last two connections, and records nothing."""
+        """Whether the server was restarted between the last two connections and keeps no recording."""
         self._failure: tuple[type[InstepError], str] = (
             ClientClosed,
             "the client is not connected: use `async with`, or await client.connect()",
         )
         self._wants_socket = False
         self._postponed: dict[Request[Any], None] = {}
-        """Requests that are to be asked, or asked again, over the next connection."""
+        """Requests to ask, or ask again, over the next connection."""
         self._claim: Claim | None = None
         """The claim over a new connection, from its WELCOME on until all streams were claimed."""
         self._is_new = True
@@ -180,7 +180,7 @@ class Session:
         return wanted
 
     def receive(self, frames: Sequence[Frame], now: float) -> None:
-        """Take in a message. One that does not follow the protocol ends the session."""
+        """Process a message. One that violates the protocol ends the session."""
         if self.state is RECONNECTING and not self.is_waiting:
             return  # of the connection that was given up
         self.now = self._silence.heard_at = now
@@ -213,7 +213,7 @@ class Session:
             self.lose(f"nobody answers at {self.endpoint} (waited {self._silence.timeout_s:g} s); {asks}?")
 
     def deadline(self) -> float | None:
-        """The time to call `advance` even if nothing has happened; None for never."""
+        """The time to call `advance` even if nothing happens; None for never."""
         if self.state is ENDED:
             return None
         soonest = self._silence.deadline
@@ -231,8 +231,8 @@ class Session:
     def leave(self, park: bool = False) -> Call[None] | None:
         """End the session: waiting calls fail, and open streams are closed.
 
-        The call ends when the server has read that. Streams that are being opened are closed afterwards. With `park`,
-        and without a connection, nothing is closed: the server parks the streams, and forgets them in time.
+        The call ends when the server has read the messages. Streams that are being opened are closed once granted. With
+        `park`, or without a connection, nothing is closed: the server parks the streams, and closes them after a while.
         """
         can_tell = self.state is OPEN and not park
         openings = self.outbox.under_way(Kind.OPENED)
@@ -248,7 +248,7 @@ class Session:
         return farewell
 
     def fail(self, error: type[InstepError], sentence: str) -> None:
-        """End the session: every call fails with that error, now and later."""
+        """End the session: every present and later call fails with this error."""
         if self.state is ENDED:
             return
         self.state = ENDED
@@ -318,11 +318,11 @@ class Session:
         self.outbox.woken.append(handle)
 
     def take(self, handle: StreamHandle) -> StepCall | None:
-        """The next kept call, if it is done. None means: wait until the handle is woken, and ask again."""
+        """The next kept call, if it has ended. After None, wait until the handle is woken and call this again."""
         return self.queue.take(handle)
 
     def outputs_end(self, handle: StreamHandle) -> bool:
-        """Whether `take` will never give anything more.
+        """Whether `take` will never return anything more.
 
         Raises:
             InstepError: when that is because the stream has ended or the session is over.
@@ -360,7 +360,7 @@ class Session:
     # ── What may be asked ──────────────────────────────────────────────────────────────────────────────────────────
 
     def failure(self) -> InstepError:
-        """A new error object that says why nothing can be asked."""
+        """A new exception with the reason why nothing can be asked."""
         error, sentence = self._failure
         return error(sentence)
 
@@ -469,7 +469,7 @@ class Session:
     # ── Greeting, loss and recovery ────────────────────────────────────────────────────────────────────────────────
 
     def welcomed(self, info: ServerInfo) -> None:
-        """WELCOME came.
+        """Process WELCOME.
 
         Raises:
             MalformedMessage: when the server speaks another version of the protocol.
@@ -493,7 +493,7 @@ class Session:
         self._claim.ask()
 
     def turned_away(self, refusal: ErrorReply) -> None:
-        """A HELLO or a claim was refused."""
+        """Process the refusal of a HELLO or a claim."""
         if refusal.code in _PASSES and self.state is RECONNECTING:
             self.lose(refusal.sentence)
         else:
@@ -510,7 +510,7 @@ class Session:
             self.attempts.worked()
 
     def lose(self, sentence: str) -> None:
-        """The connection is lost: there will be another, or it is the end of the session."""
+        """Note a lost connection, which is replaced or ends the session."""
         if self.state is ENDED:
             return
         if self.state is GREETING:

@@ -30,7 +30,6 @@ _FORMAT: Final = "instep stream snapshot 2"
 _LEAF: Final = "state."
 _DTYPES: Final = ("F32", "F64", "I64", "BOOL")
 _LENGTH_BYTES: Final = 8
-"""A safetensors file begins with the length of its header, little-endian."""
 _MAX_HEADER_BYTES: Final = 65_536
 
 State: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -89,10 +88,10 @@ class StreamSnapshot:
     model: str
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = True) -> None:
-        """Write it as a safetensors file, which appears when it is complete; file and name are on the disk then.
+        """Write a safetensors file, which appears once it is complete and on the disk.
 
         Raises:
-            FileExistsError: when there is such a file already and it may not be written over.
+            FileExistsError: when the file exists and may not be overwritten.
             OSError: as the file system says.
             ModuleNotFoundError: when safetensors is not installed; it says how to install it.
         """
@@ -116,7 +115,7 @@ class StreamSnapshot:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StreamSnapshot:
-        """Read one from a file.
+        """Read a snapshot from a file.
 
         Raises:
             InvalidInput: when the file is not a snapshot of a stream.
@@ -155,10 +154,10 @@ class StreamSnapshot:
         return cls(about["name"], seq, state, about["fingerprint"], about["model"])
 
     def check(self, info: ServerInfo) -> None:
-        """Check that a server can continue from it.
+        """Check that a server can continue from this snapshot.
 
         Raises:
-            InvalidInput: when it serves another model, or no stream can have this state.
+            InvalidInput: when the server has another model, or no stream can have this state.
         """
         if self.fingerprint != info.fingerprint:
             raise InvalidInput(
@@ -200,10 +199,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def rename_to_new(part: Path, target: Path) -> None:
-    """Give a complete file its name unless there is one of that name; the first name, `part`, may remain.
+    """Give a complete file its name unless that name exists; the file's former name, `part`, may remain.
 
     Raises:
-        FileExistsError: when there is.
+        FileExistsError: when the name exists.
     """
     try:
         target.hardlink_to(part)  # refuses what is there by itself, at no moment too late

@@ -40,7 +40,7 @@ ENDING: Final = frozenset(
 )
 """Codes after which a stream can never be stepped again."""
 SLEEPS_ON: Final = frozenset({Code.TOO_MANY_STREAMS, Code.STEP_FAILED})
-"""Codes for a stream that hibernates and cannot be woken now."""
+"""Codes for a hibernating stream that cannot be woken now."""
 
 HANDLE = 0
 SEQ = 1
@@ -51,7 +51,7 @@ class StreamHandle:
     """One stream or group: its rows, the calls that wait to be sent in order, and their outputs."""
 
     unanswered = 0
-    """Frames sent and not answered for good (BUSY is not for good)."""
+    """The number of frames sent and not finally answered (BUSY is not final)."""
     rewound_at = 0
     """The session's counter at the last rewind of any of its rows."""
     has_ended = False
@@ -61,12 +61,12 @@ class StreamHandle:
     closing = False
     closed = False
     finished = False
-    """Whether the user said that nothing more will be sent."""
+    """Whether the user has declared that nothing more will be sent."""
     unread = 0
-    """Frames in `results` that were sent."""
+    """The number of sent frames in `results`."""
     last_seqs: U64 | None = None
     last_epochs: U64 | None = None
-    """The next seqs and the epochs as they were when the rows were given back."""
+    """The next seqs and epochs at the time when the rows were given back."""
     waiter: Future[None] | None = None
     is_idle = True
     """Whether `SendQueue.go_on` may put it in line to send. False while it is in line, and while a request that was
@@ -89,7 +89,7 @@ class StreamHandle:
 
 
 class OpenStreams:
-    """All open streams, a row each; rows are reused after `remove`."""
+    """All open streams, one per row; rows are reused after `remove`."""
 
     def __init__(self) -> None:
         self.columns: U64 = np.zeros((0, 3), np.uint64)
@@ -108,7 +108,7 @@ class OpenStreams:
         self.rewound_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """The session's counter at the last rewind of the next seq."""
         self.held: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether frames of the stream were not taken and wait to be sent again."""
+        """Whether frames of the stream were refused for the time being, and wait to be sent again."""
         self.ended: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         """The code with which the server ended the stream, 0 while it is open."""
         self.asleep: npt.NDArray[np.bool_] = np.zeros(0, np.bool_)
@@ -118,7 +118,7 @@ class OpenStreams:
         self.sentences: dict[int, str] = {}
         """The server's sentence for each code in `ended`."""
         self.moved_at: npt.NDArray[np.int64] = np.zeros(0, np.int64)
-        """The seq from which on another version of the model computes the stream; -1 where it was never moved."""
+        """The seq from which another version of the model computes the stream; -1 if it never moved."""
         self.handles: list[StreamHandle | None] = []
         self._free: list[int] = []
         self._clock = 0
@@ -150,7 +150,7 @@ class OpenStreams:
         return handle
 
     def remove(self, handle: StreamHandle) -> None:
-        """Give a stream handle's rows back; nothing of it may be waiting or unanswered."""
+        """Free the rows of a handle, for which nothing may be waiting or unanswered."""
         assert handle.unanswered == 0
         handle.last_seqs, handle.last_epochs = self.next_seqs(handle), self.epochs(handle)
         handle.closed = True
@@ -161,7 +161,7 @@ class OpenStreams:
         self._free.extend(reversed(handle.rows.tolist()))
 
     def take_columns(self, rows: Indices, timesteps: int) -> U64:
-        """The rows' columns as a STEP has them, a copy; the next seqs move on."""
+        """A copy of the rows' columns for a STEP; advances the next seqs."""
         columns: U64 = self.columns.take(rows, axis=0)
         if len(rows) == 1:
             self._words[3 * rows.item() + SEQ] += timesteps
@@ -170,7 +170,7 @@ class OpenStreams:
         return columns
 
     def came_next(self, rows: Indices, columns: U64, timesteps: int) -> bool:
-        """Note outputs of one row, if they are its next ones, as nearly always; return whether they were."""
+        """Note outputs of one row if they are its next ones, as is usual; return whether they were."""
         place, first = 3 * rows.item() + ACKED, columns.item(SEQ)
         if self._early or self._words[place] != first:
             return False
@@ -178,7 +178,7 @@ class OpenStreams:
         return True
 
     def came(self, rows: Indices, first: U64, end: U64) -> None:
-        """Note outputs of these rows, of the seqs from `first` to `end`, uint64 [N] each."""
+        """Note outputs of these rows with the seqs from `first` to `end`, uint64 [N] each."""
         acked = self.acked[rows]
         if not self._early and first.tobytes() == acked.tobytes():  # as nearly always
             self.acked[rows] = end
@@ -205,17 +205,17 @@ class OpenStreams:
             self._early[row] = waiting
 
     def rewind(self, row: int, expected: int, outputs_are_gone: bool) -> None:
-        """Continue a stream with that seq. Earlier outputs have come or, if they are gone, never will."""
+        """Continue a stream at a seq. Earlier outputs have arrived or, if they are gone, never will."""
         acked = int(self.acked[row])
         self.seqs[row] = expected
         self.acked[row] = expected if outputs_are_gone else min(acked, expected)
 
     def given(self, row: int) -> int:
-        """The seq before which the server has computed every frame, as its outputs have shown."""
+        """The seq below which the server has computed every frame, as its outputs show."""
         return max([int(self.acked[row]), *(end for _, end in self._early.get(row, ()))])
 
     def in_window(self, rows: Indices, timesteps: int, window: int) -> bool:
-        """Whether each of the rows may send that number of frames more."""
+        """Whether each of the rows may send this many more frames."""
         return int((self.seqs[rows] - self.acked[rows]).max()) <= window - timesteps
 
     def next_seqs(self, handle: StreamHandle) -> U64:
@@ -223,7 +223,7 @@ class OpenStreams:
         return self.seqs[handle.rows] if handle.last_seqs is None else handle.last_seqs.copy()
 
     def epochs(self, handle: StreamHandle) -> U64:
-        """The epoch under which each of a handle's streams is held, as a copy."""
+        """The present epoch of each of a handle's streams, as a copy."""
         return self.epoch[handle.rows] if handle.last_epochs is None else handle.last_epochs.copy()
 
     def moved(self, handles: U64, seqs: U64) -> None:
@@ -264,18 +264,18 @@ class OpenStreams:
         self.sentences[int(code)] = sentence
 
     def why_ended(self, row: int) -> StreamEvicted:
-        """The exception that says why the stream of a row was ended, a new one each time."""
+        """A new exception with the reason why the stream of a row has ended."""
         handle, code = self.handles[row], Code(int(self.ended[row]))
         assert handle is not None
         return stream_ended(code, self.sentences[code], handle.name_of(row), self.given(row), int(self.server_has[row]))
 
     def why_any_ended(self, rows: Indices) -> StreamEvicted | None:
-        """Why the first of these streams was ended that was; None while all are open."""
+        """The exception for the first of these streams that has ended; None while all are open."""
         ended = rows[self.ended[rows] != 0]
         return self.why_ended(int(ended[0])) if len(ended) else None
 
     def check_not_ended(self, rows: Indices) -> None:
-        """Raise StreamEvicted when the server ended one of these streams."""
+        """Raise StreamEvicted if the server has ended one of these streams."""
         error = self.why_any_ended(rows)
         if error is not None:
             raise error
@@ -286,17 +286,17 @@ class OpenStreams:
         return len(self._free) == len(self.handles)
 
     def rows_of(self, handles: U64) -> Indices:
-        """The rows of those of the server's handles that are open here."""
+        """The rows of those server handles that are open here."""
         return self._find(handles)[0]
 
     def _find(self, handles: U64) -> tuple[Indices, Indices]:
-        """The rows of those of the server's handles that are open here, and the place of each in `handles`."""
+        """The rows of those server handles that are open here, and the index of each in `handles`."""
         rows = np.flatnonzero(np.isin(self.numbers, handles))
         order = np.argsort(handles, kind="stable")
         return rows, order[np.searchsorted(handles, self.numbers[rows], sorter=order)]
 
     def live_rows(self) -> Indices:
-        """The rows of the streams that are open."""
+        """The rows of open streams."""
         return np.flatnonzero((self.numbers != 0) & (self.ended == 0))
 
     def names(self, rows: Indices) -> list[str]:

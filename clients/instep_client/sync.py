@@ -33,13 +33,12 @@ T = TypeVar("T")
 _log = logging.getLogger("instep_client")
 
 _JOIN_S: Final = 5.0
-"""The longest that closing waits for the thread."""
 
 
 class LoopThread:
     """An event loop in a daemon thread, which closes the client at its end.
 
-    It knows nothing of the `Client`, so that a client that nobody holds can be finalized while the thread runs.
+    It has no reference to the `Client`, so an unused client can be finalized while the thread runs.
     """
 
     def __init__(self, client: AsyncClient) -> None:
@@ -48,7 +47,7 @@ class LoopThread:
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        """While work may be given to it."""
+        """The event loop, while it accepts work."""
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._main, name="instep-client", daemon=True)
         self._is_up = threading.Event()
@@ -56,7 +55,7 @@ class LoopThread:
         self._failure: BaseException | None = None
 
     def start(self) -> None:
-        """Start the thread; once."""
+        """Start the thread; call this once."""
         with self._lock:
             if self._stopping or self._thread.ident is not None:
                 raise ClientClosed("this client was connected before; make a new one to connect again")
@@ -64,7 +63,7 @@ class LoopThread:
         self._is_up.wait()
 
     def run(self, work: Coroutine[Any, Any, R]) -> R:
-        """Run a coroutine in the loop and wait for it; when the wait is interrupted, the coroutine is cancelled."""
+        """Run a coroutine in the loop and wait for it; an interrupted wait cancels the coroutine."""
         if os.getpid() != self._process:
             work.close()
             raise ClientClosed("this client belongs to the process that was forked; make a new one in this process")
@@ -83,10 +82,10 @@ class LoopThread:
             future.cancel()  # when the wait was interrupted; else it has ended
 
     def stop(self, park: bool = False) -> None:
-        """Close the client and end the thread, if this is the process that has it; only the first call does anything.
+        """Close the client and end the thread, if this process has it; only the first call has an effect.
 
         Args:
-            park: leave its streams to be parked.
+            park: whether to leave its streams to be parked.
         """
         if os.getpid() != self._process:
             return
@@ -133,7 +132,7 @@ class LoopThread:
 
 
 class InThread(Generic[A]):
-    """An object of `aio.py` in the loop of a thread, for the use of other threads."""
+    """An object of `aio.py` that lives in a thread's loop, for use by other threads."""
 
     def __init__(self, thread: LoopThread, inner: A) -> None:
         self._thread = thread
@@ -175,7 +174,7 @@ class _ThreadHandle(InThread[H], Generic[H]):
 class Stream(_ThreadHandle[AsyncStream], StreamView):
     """One stream, with the methods of `AsyncStream`. It keeps its client alive.
 
-    Ctrl-C while iterating loses no outputs: iterating again gives them. After a Ctrl-C in `step`, `next_seq` tells
+    Ctrl-C while iterating loses no outputs: iterating again returns them. After a Ctrl-C in `step`, `next_seq` shows
     whether the frames were sent; their outputs are lost. Use `send` and iterate if that matters.
     """
 
@@ -183,7 +182,7 @@ class Stream(_ThreadHandle[AsyncStream], StreamView):
         """The methods of `Client` make these."""
         super().__init__(client, thread, handle)
         self._taken: deque[Call[TimedOutputs] | None] = deque()
-        """Ended calls whose outputs iterating gives next; after a call of `next`, only where that was interrupted."""
+        """Ended calls whose outputs iterating returns next."""
 
     step = blocking(AsyncStream.step)
     step_timed = blocking(AsyncStream.step_timed)
@@ -241,7 +240,7 @@ class Client(InThread[AsyncClient]):
     Methods and their arguments are those of `AsyncClient`.
 
     A client that is dropped without `close` closes itself, at the latest when the interpreter exits. After a fork it
-    works only in the process that made it.
+    works only in the process that created it.
     """
 
     def __init__(

@@ -9,11 +9,13 @@ PROTOCOL_VERSION: Final = 7
 DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
 MAX_NAME_BYTES: Final = 200
 MAX_MODEL_NAME_LENGTH: Final = 100
-"""Characters."""
+"""The most characters in a model's name."""
 HAVE_ALL: Final = 2**64 - 1
 """The `have` of a claimant that does not know how many outputs it has."""
 UNKNOWN: Final = 2**64 - 1
-"""In a list of streams: the next seq of a hibernating stream, and the time left of one that never expires."""
+"""The value in lists of streams for the next seq of a hibernating stream, and for the time left of one that never
+expires.
+"""
 
 
 class Place(IntEnum):
@@ -28,10 +30,10 @@ class Code(IntEnum):
     """Why something was refused or ended. 1–99: the sender's message; 100–199: a stream; 200–299: the server."""
 
     sentence: str
-    """The reason and, where there is one, the cure."""
+    """The reason and, if there is one, the cure."""
 
     def __new__(cls, value: int, sentence: str = "") -> Self:
-        """Make a member of its number and sentence."""
+        """Make a member from its number and sentence."""
         code = int.__new__(cls, value)
         code._value_, code.sentence = value, sentence
         return code
@@ -79,7 +81,7 @@ class Code(IntEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> Code | None:
-        """Codes of later servers have names too: STEPPED carries numbers without sentences."""
+        """Give codes of later servers a name too, because STEPPED has numbers without sentences."""
         if type(value) is not int or not 0 < value < 2**32:
             return None
         code = int.__new__(cls, value)

@@ -76,7 +76,7 @@ class StreamRefused(Refused):
 
 @dataclass(frozen=True, slots=True)
 class FrameFailure:
-    """Frames `seq`, `seq + 1`, … of one stream in one step were not applied."""
+    """Frames from `seq` on of one stream that a step did not apply."""
 
     stream: str
     seq: int

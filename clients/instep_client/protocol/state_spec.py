@@ -95,7 +95,7 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the leaf in a row."""
+        """The number of bytes of the leaf in a row."""
         return self.elements * self.dtype.itemsize
 
 
@@ -130,14 +130,14 @@ class StateSpec:
 
     @cached_property
     def row_bytes(self) -> int:
-        """Bytes of a stream's state."""
+        """The number of bytes of a stream's state."""
         largest = max(leaf.dtype.itemsize for leaf in self.leaves)
         return _up(self.offsets[-1] + self.leaves[-1].nbytes, largest)
 
     def encode(self) -> list[list[Any]]:
-        """As plain values for JSON and msgpack: `[name, [extents], dtype, initial value]` for each leaf.
+        """Convert to plain values for JSON and msgpack: `[name, [extents], dtype, initial value]` for each leaf.
 
-        The initial value is None where it is learned.
+        The initial value is None if it is learned.
         """
         return [
             [leaf.name, list(leaf.shape), leaf.dtype.name, None if leaf.initial is None else float(leaf.initial)]
@@ -149,7 +149,7 @@ class StateSpec:
         """Read the result of `encode` from an untrusted peer or file.
 
         Raises:
-            InvalidStateSpec: naming what is wrong.
+            InvalidStateSpec: naming the invalid part.
         """
         if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_LEAVES:
             raise InvalidStateSpec(f"a state must be a list of 1 to {MAX_LEAVES} leaves")
@@ -175,7 +175,7 @@ class StateSpec:
         )
 
     def unpack(self, rows: U8) -> dict[str, npt.NDArray[Any]]:
-        """The leaves of rows [N, row_bytes] as arrays [N, *shape]: views, so writing to them changes the rows."""
+        """The leaves of rows [N, row_bytes] as arrays [N, *shape]. They are views: writing to them changes the rows."""
         arrays = {}
         for leaf, offset in zip(self.leaves, self.offsets, strict=True):
             values = rows[:, offset : offset + leaf.nbytes].view(leaf.dtype)
@@ -183,7 +183,7 @@ class StateSpec:
         return arrays
 
     def pack(self, arrays: LeafArrays) -> U8:
-        """Rows [N, row_bytes] of arrays [N, *shape], one for each leaf, of its dtype.
+        """Rows [N, row_bytes] from arrays [N, *shape], one for each leaf, of its dtype.
 
         Raises:
             ValueError: when a leaf is missing, unknown, or of another shape or dtype.
@@ -208,7 +208,7 @@ class StateSpec:
         """Rows [count, row_bytes] of streams before their first frame.
 
         Raises:
-            ValueError: where a leaf is learned and its array is not known.
+            ValueError: when a leaf is learned and its array is unknown.
         """
         rows = self._filled(count, [leaf.initial or 0 for leaf in self.leaves])
         for leaf, view in zip(self.leaves, self.unpack(rows).values(), strict=True):

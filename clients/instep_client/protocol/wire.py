@@ -56,15 +56,17 @@ client has received every output (24 bytes)."""
 COLUMN_BYTES: Final = COLUMN.itemsize
 
 GRANT: Final = np.dtype([("handle", "<u8"), ("epoch", "<u8"), ("next_seq", "<u8")])
-"""A stream as its owner gets it: the handle to use from now on (0 where refused), the epoch of this ownership, and the
-seq that the server expects next (24 bytes)."""
+"""A stream granted to its owner: the handle to use from now on (0 if refused), the epoch of this ownership, and the seq
+that the server expects next (24 bytes).
+"""
 
 CLAIM: Final = np.dtype([("have", "<u8"), ("epoch", "<u8")])
-"""A stream that is to be resumed: outputs the client holds (those of seqs below `have`; `HAVE_ALL` for as many as the
-server gave), and the epoch under which it had the stream (16 bytes)."""
+"""A stream to resume: the client has the outputs of seqs below `have` (`HAVE_ALL` for all that the server gave), and
+the epoch under which it owned the stream (16 bytes).
+"""
 
 CLOSING: Final = np.dtype([("handle", "<u8"), ("have", "<u8")])
-"""A stream that is to be closed: its handle, and the outputs the client holds, as in `CLAIM` (16 bytes)."""
+"""A stream to close: its handle, and `have` as in `CLAIM` (16 bytes)."""
 
 LISTING: Final = np.dtype(
     [("next_seq", "<u8"), ("idle_us", "<u8"), ("expires_in_us", "<u8"), ("place", "<u4"), ("pending", "<u4")]
@@ -81,8 +83,9 @@ connections, and the widths of its frames (24 bytes)."""
 FAILURE: Final = np.dtype(
     [("column", "<u4"), ("timestep", "<u4"), ("code", "<u4"), ("reserved", "<u4"), ("expected_seq", "<u8")]
 )
-"""One failed column: frames `timestep`, `timestep + 1`, … of it were not applied; the stream now expects
-`expected_seq` (24 bytes)."""
+"""One failed column: its frames from `timestep` on were not applied, and the stream now expects `expected_seq` (24
+bytes).
+"""
 
 NO_FAILURES: Final[FailureArray] = np.empty(0, FAILURE)
 
@@ -94,11 +97,11 @@ class Kind(IntEnum):
     """
 
     elements: int
-    """Elements of the msgpack header, the kind and the request number included; 0 for a binary header."""
+    """The number of elements in the msgpack header, including kind and request number; 0 for a binary header."""
     frames: int
 
     def __new__(cls, value: int, elements: int = 0, frames: int = 0) -> Self:
-        """Make a member of its number and sizes."""
+        """Make a member from its number and sizes."""
         kind = int.__new__(cls, value)
         kind._value_, kind.elements, kind.frames = value, elements, frames
         return kind
@@ -145,7 +148,7 @@ class ServerInfo:
     """A new random value each time the server starts the model."""
     model: str
     fingerprint: str
-    """sha256 over the description and the weights, hex."""
+    """The sha256 in hex of the description and the weights."""
     features: int
     outputs: int
     state: StateSpec
@@ -157,24 +160,24 @@ class ServerInfo:
     """`portable-1`, or such as `torch 2.13 on cuda:0`, which promises no bits."""
     max_streams: int
     max_message_bytes: int
-    """The largest raw frame the server takes; a larger one makes it drop the connection."""
+    """The largest raw frame that the server accepts; a larger one makes it drop the connection."""
     max_block_frames: int
     """The most frames (T × N) one STEP may carry."""
     credit_frames: int
-    """The most frames one connection may have sent and not yet had answered; beyond it the answer is BUSY."""
+    """The most unanswered frames of one connection; beyond it the answer is BUSY."""
     max_idle_s: float
     """Seconds after which a silent stream is evicted; 0 for never."""
     window_frames: int
-    """The most frames of one stream from the first unacknowledged output on, that one included."""
+    """The most frames of one stream from the first unacknowledged output on, including that one."""
     durability: str
-    """The durability of answers: `memory` none, `commit` beyond a killed process, `fsync` beyond a loss of power."""
+    """The failures that answers survive: `memory` none, `commit` a killed process, `fsync` also a loss of power."""
     park_s: float
-    """Seconds for which a stream is kept when its connection is gone; 0 for not at all."""
+    """Seconds for which a stream is kept after its connection is lost; 0 for not at all."""
     output_names: tuple[str, ...] = ()
-    """Names of the outputs, in order; empty where the model does not name them."""
+    """Names of the outputs, in order; empty if they have none."""
 
     def wire_fields(self) -> list[Any]:
-        """The fields as the header of WELCOME holds them."""
+        """The fields in the form that the header of WELCOME has."""
         values = {name: getattr(self, name) for name in self.__slots__ if name != "output_names"}
         return list((values | {"state": self.state.encode()}).values())
 
@@ -198,7 +201,7 @@ def unpack_header(frames: Sequence[Frame], max_bytes: int = MAX_HEADER_BYTES) ->
     Checks lengths before values, and exact types; never trusts a count it has not checked.
 
     Raises:
-        MalformedMessage: naming what is wrong.
+        MalformedMessage: naming the invalid part.
     """
     if not frames or len(frames[0]) > max_bytes:
         raise MalformedMessage(f"the header must be 1 to {max_bytes} bytes")
@@ -247,7 +250,7 @@ def array_frame(frame: Frame, dtype: npt.DTypeLike, shape: tuple[int, ...], name
     """A raw frame as a read-only array of that dtype and shape, without a copy.
 
     Raises:
-        MalformedMessage: when the frame has another number of bytes.
+        MalformedMessage: when the frame has the wrong number of bytes.
     """
     dtype = np.dtype(dtype)
     check_size(frame, dtype.itemsize, shape, name)
@@ -258,7 +261,7 @@ def check_size(frame: Frame, itemsize: int, shape: tuple[int, ...], name: str) -
     """Check the size of a raw frame that is an array of that shape.
 
     Raises:
-        MalformedMessage: when it has another number of bytes.
+        MalformedMessage: when it has the wrong number of bytes.
     """
     size = itemsize
     for extent in shape:
@@ -281,7 +284,7 @@ def unpack_names(frame: Frame, count: int) -> list[str]:
     """The names frame of OPEN as `count` strings, which `name_is_good` may still refuse.
 
     Raises:
-        MalformedMessage: when it is not UTF-8 or holds another number of names.
+        MalformedMessage: when it is not UTF-8 or has another number of names.
     """
     if len(frame) > count * (MAX_NAME_BYTES + 1) * 4:
         raise MalformedMessage("the names are too long")
@@ -295,7 +298,7 @@ def unpack_names(frame: Frame, count: int) -> list[str]:
 
 
 def name_is_good(name: str) -> bool:
-    """Whether a stream may be called this: 1 to 200 bytes of UTF-8, printable."""
+    """Whether a name is valid for a stream: 1 to 200 bytes of UTF-8, printable."""
     return 0 < len(name) <= MAX_NAME_BYTES and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES
 
 
@@ -333,7 +336,7 @@ class SteppedMessage(NamedTuple):
     times_us: tuple[int, int, int]
     """Queue, compute and send."""
     y: F32
-    """float32 [T, N, outputs], read-only, NaN where a frame was not applied."""
+    """float32 [T, N, outputs], read-only, with NaN for frames that were not applied."""
     failures: FailureArray
     """FAILURE [F]."""
 
@@ -351,7 +354,7 @@ def unpack_step(frames: Sequence[Frame]) -> tuple[int, int, int, int, int]:
         request, T, N, features and dtype; the columns follow after `STEP_HEADER.size` bytes.
 
     Raises:
-        MalformedMessage: naming what is wrong.
+        MalformedMessage: naming the invalid part.
     """
     header = frames[0]
     if len(frames) != 2:
@@ -376,7 +379,7 @@ def unpack_step(frames: Sequence[Frame]) -> tuple[int, int, int, int, int]:
 
 
 def request_of_step(header: Frame) -> int:
-    """The request number of a STEP that is refused; 0 where it cannot be read."""
+    """The request number of a STEP that is refused; 0 if it cannot be read."""
     if len(header) < _HEADER_BYTES:
         return 0
     request: int = STEP_HEADER.unpack_from(header)[-1]
@@ -407,7 +410,7 @@ def unpack_stepped(frames: Sequence[Frame]) -> SteppedMessage:
     """Check and read a STEPPED, except the contents of its failures.
 
     Raises:
-        MalformedMessage: naming what is wrong.
+        MalformedMessage: naming the invalid part.
     """
     if len(frames) != 2:
         raise MalformedMessage(f"a STEPPED message has 2 frames, this one {len(frames)}")
@@ -460,7 +463,7 @@ def send_now(socket: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) ->
 
 
 def receive_now(socket: zmq.Socket[bytes]) -> list[bytes | memoryview]:
-    """Return the frames of the next message, of which only the header is copied, or none if there is no message.
+    """Return the frames of the next message, with only the header copied, or none if there is no message.
 
     `Socket.recv_multipart` asks the socket after each frame whether there is more, which costs more than the frame;
     frames know it. (Reading an empty socket raises, which costs three times as much as asking.)
