@@ -168,6 +168,16 @@ async def test_a_start_that_fails_leaves_nothing_open(tmp_path: Path) -> None:
 # ── What a restart changes ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+async def test_a_handle_of_the_servers_former_life_is_unknown(rng: np.random.Generator) -> None:
+    handles: list[int] = []
+    for _ in range(2):
+        async with running(SMALL) as server, RawClient(server.endpoint) as client:
+            await client.hello()
+            handles += (await client.open("s")).handles().tolist()
+            reply = await client.step(handles[:1], [0], random_frames(rng, 1))
+            assert reply.codes() == ([Code.UNKNOWN_STREAM] if handles[1:] else [])
+
+
 # ── Readiness ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -103,6 +103,21 @@ async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.
         assert await models() == ["ears"]
 
 
+async def test_a_reload_that_failed_half_way_leaves_the_models_in_force_in_the_configuration(tmp_path: Path) -> None:
+    old, new, eyes = [folder_of(tmp_path / each.fingerprint, each) for each in (A, B, OTHER)]
+    newer = folder_of(tmp_path / "newer", plain(5, 16, seed=2))
+    (tmp_path / "recordings" / "eyes@2.instep" / "in the way").mkdir(parents=True)
+    told: list[dict[str, Any]] = []
+    async with running(A, told=told, folder=old, recording={"file": tmp_path / "recordings"}) as server:
+        reloads = Reloads(server, told)
+        assert (await reloads({"ears": old, "eyes": eyes}))["loaded"] == ["eyes"]
+        line = await reloads({"ears": new, "eyes": newer}, on_reload="move")
+        assert (line["event"], line["swapped"]) == ("models not reloaded", ["ears"])
+        assert server.config.model.folder == {"ears": new, "eyes": eyes}, "also after a crash"
+        served = {each.name: each.about.fingerprint for each in server.services}
+        assert served == {"ears": B.fingerprint, "eyes": OTHER.fingerprint}
+
+
 async def test_a_reload_waits_for_what_is_under_way_and_the_newest_one_counts(tmp_path: Path) -> None:
     new, newer, eyes = [folder_of(tmp_path / each.fingerprint, each) for each in (B, C, OTHER)]
     told: list[dict[str, Any]] = []

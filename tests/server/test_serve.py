@@ -24,6 +24,7 @@ from instep.interrupts import Stopped
 from instep.models.folder import write_model
 from instep.models.network import IN_WORDS
 from instep.models.portable.machine import host
+from instep.models.portable.self_check import check_arithmetic
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
 from instep.server.preparation import CannotServe, prepare
@@ -66,6 +67,13 @@ def test_a_processor_without_fma_is_refused(model: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("instep.server.preparation.host", lambda: without)
     with pytest.raises(CannotServe, match="FMA"):
         prepare(configured(model, engine={"device": "cpu"}), QUIET)
+
+
+def test_arithmetic_that_gives_other_bits_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("instep.models.portable.self_check.DIGEST", "of other bits")
+    monkeypatch.setattr("instep.server.preparation.check_arithmetic", check_arithmetic.__wrapped__)
+    with pytest.raises(CannotServe):
+        prepare(configured(model), QUIET)
 
 
 def test_limits_are_fitted_to_the_model() -> None:

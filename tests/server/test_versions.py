@@ -15,12 +15,14 @@ from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.recording.reader import RecordingReader
+from instep.recording.writer import RecordingWriter
 from instep.server.models import Moved
 from instep.server.preparation import CannotServe
+from instep.server.recordings import recording_header
 from instep.streaming.service import ModelService
 from instep_client import AsyncClient
 from tests.support.models import whole
-from tests.support.running import running
+from tests.support.running import config, prepared, running
 from tests.support.swapping import (
     DEEPER,
     EXACT,
@@ -85,6 +87,11 @@ async def test_streams_continue_in_the_version_that_is_configured_while_the_serv
     old: Path, folder: Path, recordings: Path, x: F32, policy: str, version: Model, crashes: bool
 ) -> None:
     await record(old, recordings, x, crashes=crashes)
+    left = recordings / "ears@2.instep"  # by a server that was killed while it created the file
+    if crashes:
+        left.touch()
+    else:
+        RecordingWriter.create(left, recording_header(prepared(WIDER), config(recording={"file": left}))).abandon()
     write_model(folder, version, overwrite=True)
     async with running(version, folder=folder, **sections(recordings, policy)) as server:
         y = await steps_on(server.endpoint, x)
@@ -121,6 +128,29 @@ async def test_kept_streams_have_their_version_after_a_restart_too(
         async with AsyncClient(server.endpoint) as client:
             stream = await client.resume("s", have=FRAMES, take_over=True)
             np.testing.assert_array_equal(await stream.step(x), truth(np.concatenate([x, x]), FRAMES)[FRAMES:])
+
+
+async def test_kept_streams_of_all_recordings_of_a_version_are_served(
+    old: Path, folder: Path, recordings: Path, x: F32
+) -> None:
+    async with running(A, folder=old, **sections(recordings)) as server:
+        for name in ("s", "t"):
+            async with AsyncClient(server.endpoint) as client:
+                await (await client.open(name)).step(x[:10])
+                await client.close(park=True)
+            if name == "s":
+                for version in (folder, old):
+                    assert not await reload_models(server, version, "keep")
+    for seen in (10, 20):
+        async with (
+            running(B, folder=folder, **sections(recordings, "keep")) as server,
+            AsyncClient(server.endpoint, model=KEPT) as client,
+        ):
+            for name in ("s", "t"):
+                stream = await client.resume(name, have=seen, take_over=True)
+                y = await stream.step(x[seen : seen + 10])
+                np.testing.assert_array_equal(y, whole(A, x)[0][seen : seen + 10])
+            await client.close(park=True)
 
 
 async def test_a_server_that_was_killed_before_it_ended_the_streams_that_moved_serves_each_once(

@@ -57,6 +57,16 @@ def in_float64(model: Model, x: Any, state: dict[str, Any]) -> tuple[Any, dict[s
     return y, spec.unpack(after)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_layers_around_are_torchs_in_float64(bias: bool) -> None:
+    dense, plain = {"size": 37, "bias": bias}, {"layer_norm": True, "elementwise_affine": bias}
+    norm = {"layer_norm": True, "activation": "tanh", "bias": bias, "eps": 1e-3}
+    model = model_of("gru", 5, 33, bias=bias, before=[dense, plain], after=[norm, plain, dense, {"size": 2}])
+    x, state = np.random.default_rng(0).standard_normal((11, 40, 5)), states_of(model, 40)
+    y, _ = reference_of(model, np.float64).run(x, state, np.full(11, 40))
+    np.testing.assert_allclose(y, in_float64(model, x, state)[0], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_activations_are_those_of_torch_for_values_of_every_size(activation: Activation) -> None:
     size = np.geomspace(1e-8, 1e30, 400)
