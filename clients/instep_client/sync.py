@@ -35,6 +35,13 @@ _log = logging.getLogger("instep_client")
 _JOIN_S: Final = 5.0
 
 
+async def _while_wanted(work: Coroutine[Any, Any, R], wanted: concurrent.futures.Future[None]) -> R:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    wanted.add_done_callback(lambda _: task.done() or loop.call_soon_threadsafe(task.cancel))
+    return await work
+
+
 class LoopThread:
     """An event loop in a daemon thread, which closes the client at its end.
 
@@ -67,19 +74,23 @@ class LoopThread:
         if os.getpid() != self._process:
             work.close()
             raise ClientClosed("this client belongs to the process that was forked; make a new one in this process")
-        with self._lock:
-            if self._loop is None:
-                work.close()
-                self._raise_ended()
-            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        wanted: concurrent.futures.Future[None] = (
+            concurrent.futures.Future()
+        )  # known before the loop is: an interrupt may end the handing over
         try:
+            with self._lock:
+                if self._loop is None:
+                    work.close()
+                    self._raise_ended()
+                future = asyncio.run_coroutine_threadsafe(_while_wanted(work, wanted), self._loop)
             return future.result()
         except (concurrent.futures.CancelledError, ClientClosed) as error:
             if self._failure is None and isinstance(error, ClientClosed):
                 raise
             self._raise_ended()
-        finally:
-            future.cancel()  # when the wait was interrupted; else it has ended
+        except BaseException:
+            wanted.cancel()
+            raise
 
     def stop(self, park: bool = False) -> None:
         """Close the client and end the thread, if this process has it; only the first call has an effect.
