@@ -74,9 +74,8 @@ class LoopThread:
         if os.getpid() != self._process:
             work.close()
             raise ClientClosed("this client belongs to the process that was forked; make a new one in this process")
-        wanted: concurrent.futures.Future[None] = (
-            concurrent.futures.Future()
-        )  # known before the loop is: an interrupt may end the handing over
+        # Made before the work is handed over, which an interrupt may end half-way.
+        wanted: concurrent.futures.Future[None] = concurrent.futures.Future()
         try:
             with self._lock:
                 if self._loop is None:
