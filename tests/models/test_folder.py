@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import itertools
 import math
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -223,6 +225,9 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     for place in ("empty", "nothing", "net.pt", "x" * 300):
         with pytest.raises(ModelError, match=place):
             load_model(tmp_path / place)
+    (tmp_path / "loop").symlink_to("loop")  # as with a folder that this user may not read, it may be there
+    with pytest.raises(ModelError, match=os.strerror(errno.ELOOP)):
+        load_model(tmp_path / "loop")
     write_model(tmp_path, make_model(DESCRIPTION, "random", name="m"))
     (tmp_path / "weights.safetensors").unlink()
     with pytest.raises(ModelError, match="weights"):
