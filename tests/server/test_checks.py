@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import torch
 
 from instep.config import Config
 from instep.models.folder import write_model
-from instep.server.checks import rehearse
+from instep.server import checks
+from instep.server.checks import before_loading, rehearse
 from instep.server.log import make_log
 from instep.server.preparation import CannotServe
 from tests.support.models import SMALL, plain
@@ -117,8 +119,10 @@ def test_what_stands_in_the_way_is_said(model: Path, tmp_path: Path) -> None:
     for place in (model, tmp_path / "same", tmp_path / "same" / "recordings" / "r.instep"):
         with pytest.raises(CannotServe, match=re.escape(str(place))):
             check(configured(model, recording={"file": place}))
-    with pytest.raises(CannotServe, match="nothing"):
-        check(configured(tmp_path / "nothing"))
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("nothing", "loop"):
+        with pytest.raises(CannotServe, match=re.escape(str(tmp_path / name))):
+            check(configured(tmp_path / name))
     assert contents(tmp_path) == {}
 
 
@@ -154,3 +158,33 @@ def test_streams_that_memory_cannot_hold_are_refused_and_such_as_it_may_not_hold
     check(configured(model, limits={"window_frames": 65_536}, engine={"max_streams": 2**20}))
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert any(line["reason"].startswith("the limits allow 3.5 TiB, and ") for line in lines if "reason" in line)
+
+
+def test_what_will_hurt_is_warned_of(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def assert_warned(config: Config, *words: str) -> None:
+        found = [each.what for each in before_loading(config) if each.severity == "warning"]
+        assert [word in what for word, what in zip(words, found, strict=True)] == [True] * len(words)
+
+    monkeypatch.setattr(checks, "usable_cores", lambda: 2)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert_warned(configured(model))
+    assert_warned(Config.model_validate({"model": {"folder": [model, model]}}), "3 processes")
+    monkeypatch.setattr(checks, "usable_cores", lambda: 1)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
+    recording = {"file": tmp_path / "r.instep", "warn_free_bytes": 2**60}
+    assert_warned(configured(model, recording=recording), "free", "one core", "needs 16,484", "NUMBA_DISABLE_JIT")
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "wanted", "allowed"),
+    [(1024, 4096, 1000, 1024), (1024, 4096, 9000, 4096), (1024, resource.RLIM_INFINITY, 9000, 9000)],
+)
+def test_the_soft_limit_of_open_files_is_raised_as_far_as_needed_and_allowed(
+    monkeypatch: pytest.MonkeyPatch, soft: int, hard: int, wanted: int, allowed: int
+) -> None:
+    kept = [(soft, hard)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: kept[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: kept.append(limits))
+    assert checks.allow_open_files(wanted) == allowed
+    assert kept[-1] == (max(soft, allowed), hard)

@@ -296,8 +296,6 @@ def _look_through(path: Path, config: Config, prepared: Prepared, log: structlog
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise RecordingError(f"{path} cannot be written: give this user the right to, or name another file")
     if not path.is_file() or not path.stat().st_size:
-        if not os.statvfs(path.parent).f_bavail:
-            raise RecordingError(f"the disk of {path} is full: make room, or name a file on another one")
         log.info("would record", file=str(path), durability=config.recording.durability)
         return
     check_not_written(path)
