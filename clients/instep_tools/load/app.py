@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -14,8 +12,6 @@ from typing import Annotated, Any, Final
 import typer
 from rich.text import Text
 
-from instep_client.aio import AsyncClient
-from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import ServerInfo
 from instep_tools.command_line import positive
 from instep_tools.connect import Target, connected
@@ -33,7 +29,6 @@ EXAMPLES: Final = (
     "instep-client loadtest --streams 64 --rate 50 --report load.html",
     "instep-client loadtest --slo-ms 20 --rate 50 --processes 2",
 )
-PING_S: Final = 1.0
 _STYLES: Final = {"met": "green", "not met": "red", "invalid": "yellow"}
 
 
@@ -109,8 +104,6 @@ class LoadTest:
     terminal: Terminal
     stop: Stop
     clock: Clock | None = None
-    _client: AsyncClient = field(init=False)
-    """A connection of its own, whose loss is shown: those that send may belong to other processes."""
     _info: ServerInfo = field(init=False)
 
     async def run(self) -> Exit:
@@ -126,20 +119,10 @@ class LoadTest:
 
             check_report_path(self.report)
         async with connected(self.target, "loadtest", self.terminal, self.stop) as client:
-            self._client, self._info = client, (info := client.info)
-            model = f"model {info.model!r} ({info.features} to {info.outputs}) on {info.device}, {info.exactness}"
-            self.terminal.note(f"{model}: {self.plan.sentence()}")
-            watching = asyncio.create_task(self._notice_losses())
-            try:
-                return await (self._measure_once() if self.plan.slo_ms is None else self._search(self.plan.slo_ms))
-            finally:
-                watching.cancel()
-
-    async def _notice_losses(self) -> None:
-        with suppress(InstepError):
-            while True:  # a lost connection is noticed by what has no answer
-                await self._client.ping()
-                await asyncio.sleep(PING_S)
+            self._info = info = client.info
+        model = f"model {info.model!r} ({info.features} to {info.outputs}) on {info.device}, {info.exactness}"
+        self.terminal.note(f"{model}: {self.plan.sentence()}")
+        return await (self._measure_once() if self.plan.slo_ms is None else self._search(self.plan.slo_ms))
 
     async def _measure_once(self) -> Exit:
         result = await self._measure(self.plan)
@@ -182,11 +165,7 @@ class LoadTest:
     async def _measure(self, plan: LoadPlan, title: str = "measuring") -> LoadResult:
         parts = split(plan, self._info, f"load-{secrets.token_hex(3)}")
         seconds, began = plan.warmup_s + plan.duration_s, time.monotonic()
-
-        def lost() -> str:
-            return "" if self._client.is_connected else "the server is gone, trying to connect again"
-
-        with progress(self.terminal.err, title, seconds, "s", lambda: min(seconds, time.monotonic() - began), lost):
+        with progress(self.terminal.err, title, seconds, "s", lambda: min(seconds, time.monotonic() - began)):
             return LoadResult(plan, await run_parts(parts, self.target, self.stop, self.clock))
 
     def _show_latencies(self, result: LoadResult) -> None:

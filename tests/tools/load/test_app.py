@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from instep_client import AsyncClient
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import Kind
-from instep_tools import terminal as terminal_module
 from instep_tools.connect import Target
 from instep_tools.load.app import LoadTest
 from instep_tools.load.result import LoadResult
@@ -120,14 +118,6 @@ async def test_a_stop_in_the_warm_up_leaves_the_page_of_another_run(tmp_path: Pa
     run.clock.on_sleep = lambda moment: run.stop.request()
     assert await run(replace(PLAN, slo_ms=slo_ms), report=page) == Exit.FOUND_PROBLEMS
     assert page.read_text() == "before"
-
-
-def test_while_the_server_is_gone_the_progress_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("QUIET_S", "LOG_S"):
-        monkeypatch.setattr(terminal_module, name, 0.01)
-    monkeypatch.setattr(AsyncClient, "is_connected", False)
-    with FakeServer() as server:
-        assert "the server is gone" in run(*SHORT, "--endpoint", server.endpoint).stderr
 
 
 def test_a_page_that_cannot_be_written_costs_the_page_and_not_the_result(tmp_path: Path) -> None:
