@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import inspect
 import logging
 import os
 import threading
@@ -150,7 +151,7 @@ class InThread(Generic[A]):
 
 
 def blocking(verb: Callable[Concatenate[A, P], Coroutine[Any, Any, R]]) -> Callable[Concatenate[InThread[A], P], R]:
-    """Make a method of `aio.py` one for other threads, which returns when the work is done."""
+    """Wrap a method of `aio.py` for use from other threads; it returns when the work is done."""
 
     @wraps(verb)
     def call(self: InThread[A], /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -162,12 +163,14 @@ def blocking(verb: Callable[Concatenate[A, P], Coroutine[Any, Any, R]]) -> Calla
 def opening(
     verb: Callable[Concatenate[A, P], Coroutine[Any, Any, H]], kind: Callable[[object, LoopThread, H], T]
 ) -> Callable[Concatenate[InThread[A], P], T]:
-    """Make a method of `aio.py` that opens streams one for other threads; `kind` is the class that it returns."""
+    """Wrap a method of `aio.py` that opens streams for use from other threads; `kind` is the class that it returns."""
 
     @wraps(verb)
     def call(self: InThread[A], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return kind(self, self._thread, self._thread.run(verb(self._inner, *args, **kwargs)))
 
+    signature = inspect.signature(verb).replace(return_annotation=kind.__name__)
+    call.__signature__ = signature  # type: ignore[attr-defined]  # what `help` shows
     return call
 
 

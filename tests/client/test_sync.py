@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from instep_client import Client, ClientClosed, Code, FramesRefused, StreamRefused
+from instep_client import AsyncClient, Client, ClientClosed, Code, FramesRefused, StreamRefused
 from tests.support.client_thread import inside
 from tests.support.fake_server import INFO, FakeServer, reference
 
@@ -41,6 +42,12 @@ def test_every_verb(server: FakeServer) -> None:
         assert group.next_seqs.tolist() == [1, 2]
         assert group.close()["h"].shape == (2, 2, 2)
     assert server.rules.names == {}
+
+
+def test_the_signatures_are_those_of_the_client_for_asyncio_but_for_what_is_returned() -> None:
+    for name, returned in (("open", "Stream"), ("open_group", "Group"), ("restore", "Stream")):
+        signature, model = inspect.signature(getattr(Client, name)), inspect.signature(getattr(AsyncClient, name))
+        assert (signature.parameters, signature.return_annotation) == (model.parameters, returned)
 
 
 def test_errors_reach_the_caller(server: FakeServer) -> None:
