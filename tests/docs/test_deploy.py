@@ -65,3 +65,9 @@ def test_the_image_is_built_of_files_that_exist_and_serves_at_its_port(monkeypat
     assert config.transport.endpoint == f"tcp://0.0.0.0:{port}"
     assert config.transport.allow_plaintext
     assert port in " ".join(instructions("EXPOSE"))
+
+
+def test_the_composition_publishes_on_the_loopback_address_alone() -> None:
+    published = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
+    assert published
+    assert all(port.startswith("127.0.0.1:") for port in published)

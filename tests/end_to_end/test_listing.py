@@ -11,6 +11,7 @@ import pytest
 
 from instep_client import AsyncClient, InvalidInput, StreamEvicted
 from instep_client.protocol import wire
+from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import Kind, Place
 from instep_tools import streams
 from instep_tools.connect import Target
@@ -122,8 +123,9 @@ class TestCommand:
                 assert await streams.close(target, terminal, Stop(), place="parked") == Exit.OK
                 assert terminal.said.strip() == "2 streams closed"
                 assert await streams.close(target, terminal, Stop(), prefix="new") == Exit.OK
-                with pytest.raises(StreamEvicted):
+                with pytest.raises(StreamEvicted) as evicted:
                     await mine.step(np.zeros(F))
+                assert evicted.value.code in {Code.FENCED, Code.UNKNOWN_STREAM}
                 with pytest.raises(CommandProblem):
                     await streams.close(target, terminal, Stop())
                 terminal = RememberingTerminal(as_json=True)

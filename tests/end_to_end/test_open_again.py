@@ -48,8 +48,9 @@ async def test_a_stream_that_another_client_has_is_taken_over() -> None:
         await mine.step(np.zeros(F))
         theirs = await other.open("mic-7", if_exists="resume")
         assert theirs.next_seq == 1
-        with pytest.raises(StreamEvicted):
+        with pytest.raises(StreamEvicted) as evicted:
             await mine.step(np.zeros(F))
+        assert evicted.value.code is Code.FENCED
         with pytest.raises(StreamRefused, match="FENCED"):
             await one.resume("mic-7")
 
@@ -61,8 +62,9 @@ async def test_a_client_that_opens_its_own_stream_again_keeps_one_of_the_two(if_
             first = await client.open("mic-7")
             other = await client.open("mic-8")
             again = await client.open("mic-7", if_exists=if_exists)
-            with pytest.raises(StreamEvicted):
+            with pytest.raises(StreamEvicted) as evicted:
                 await first.step(np.zeros(F))
+            assert evicted.value.code is Code.FENCED
             relay.cut()
             for stream in (again, other):
                 await stream.step(np.zeros(F))
@@ -91,8 +93,10 @@ async def test_a_server_that_was_restarted_without_a_recording_is_told_from_an_e
         await group.step(np.zeros((2, F)))
     async with running(SMALL, transport={"endpoint": endpoint}):
         for step in (stream.step(np.zeros(F)), group.step(np.zeros((2, F)))):
-            with pytest.raises(StreamEvicted):
+            with pytest.raises(StreamEvicted) as lost:
                 await step
+            assert lost.value.code is Code.UNKNOWN_STREAM
+            assert lost.value.sentence != Code.UNKNOWN_STREAM.sentence, "it says more than the server, of an eviction"
         again = await client.open("mic-7")
         assert again.next_seq == 0
         await client.close()
