@@ -66,8 +66,6 @@ class TimedOutputs(NamedTuple):
     send_us: int
     """From the end of that step until the server began to build the answer; copying the outputs and sending come after.
     0 if no frame of the block was admitted.
-
-    0 where no frame of the block was admitted.
     """
 
 

@@ -215,7 +215,7 @@ def _replace_files(folder: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def check_free(folder: Path, kind: ModelKind) -> None:
-    """Refuse a folder that contains a model of this kind, or a part of one.
+    """Refuse a folder that contains a model, or a part of one of this kind.
 
     Raises:
         ModelError: also when the folder cannot be read.

@@ -300,7 +300,7 @@ class RecordingWriter:
         Args:
             time_ns: nanoseconds since 1970.
             streams: int64 [N].
-            reason: of the streams that are not lost.
+            reason: of the streams that are not lost, or of all if they moved.
             frames: int64 [N], the seqs that their next frames would have had.
             final_states: rows of bytes, uint8 [N, row_bytes].
             lost: bool [N], streams whose state is unknown and not recorded.

@@ -126,7 +126,7 @@ class ErrorBound:
 
 
 def absolute_error(values: npt.NDArray[Any], truth: npt.NDArray[Any]) -> F64:
-    """|values - truth| by element: 0 if both are the same infinity or both NaN, inf if only one is finite."""
+    """|values - truth| by element: 0 for the same infinity or two NaN, otherwise inf if either is not finite."""
     with np.errstate(invalid="ignore"):
         error: F64 = np.abs(np.subtract(values, truth, dtype=np.float64))
     odd = ~np.isfinite(error)

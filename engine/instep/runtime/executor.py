@@ -160,7 +160,7 @@ class ThreadExecutor:
 def usable_cores() -> int:
     """The number of cores that this process may use, by its affinity and the CPU quota of its control groups.
 
-    The quota is read from control groups version 2, as containers and systemd set it, and rounded down to at least 1.
+    The quota is read from control groups version 2, as containers and systemd set it, and rounded down, and at least 1.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([cores, *_shares()]))
