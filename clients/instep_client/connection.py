@@ -221,19 +221,20 @@ class Attempts:
         self.why = ""
         """The reason of the loss, as a sentence."""
         self._lost_at: float | None = None
-        self._attempts = 0
+        self.number = 0
+        """The number of the present attempt, or of the next one."""
         self._next_at = 0.0
         """The time to begin the next attempt, or to give the present one up."""
 
     def lost(self, now: float, why: str) -> bool:
         """Note a lost connection or a failed attempt; return whether there is time for another attempt."""
         if self._lost_at is None:
-            self._lost_at, self._attempts, self.why = now, 0, why
+            self._lost_at, self.number, self.why = now, 0, why
         if now >= self._lost_at + self.reconnect_s:
             return False
-        delay_s = min(MOST_DELAY_S, LEAST_DELAY_S * 2.0**self._attempts)
+        delay_s = min(MOST_DELAY_S, LEAST_DELAY_S * 2.0**self.number)
         self._next_at = now + delay_s * self._rng.uniform(0.5, 1.0)
-        self._attempts += 1
+        self.number += 1
         return True
 
     def begin(self, now: float) -> None:
@@ -263,7 +264,7 @@ class Attempts:
         end = " " if self.why.endswith("?") else "; "
         return (
             f"{self.why}{end}this client then tried to connect again for {self.reconnect_s:g} s and has given up: "
-            "make another one"
+            "make another client"
         )
 
 

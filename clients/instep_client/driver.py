@@ -232,7 +232,9 @@ class Driver:
             now = time.monotonic()
             session.advance(now)
             if session.take_reconnect():
-                _log.info("connecting to %s again: %s", session.endpoint, session.attempts.why)
+                attempts = session.attempts
+                level = logging.WARNING if attempts.number == 1 else logging.INFO
+                _log.log(level, "trying to connect again for %g s: %s", attempts.reconnect_s, attempts.why)
                 self._reconnect(self.socket)
             self.backlog.extend(session.outbox.take_messages())
             if self.backlog:

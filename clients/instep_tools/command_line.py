@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from instep_client.arguments import checked_endpoint
 from instep_client.protocol.codes import DEFAULT_ENDPOINT
 from instep_client.protocol.errors import InvalidInput
 
@@ -213,6 +212,8 @@ def endpoint(text: str) -> str:
     Raises:
         typer.BadParameter: naming the expected form.
     """
+    from instep_client.arguments import checked_endpoint  # with numpy, which --help does without
+
     try:
         return checked_endpoint(text)
     except InvalidInput as error:

@@ -223,9 +223,16 @@ def _module(against: str) -> nn.Module:
     try:
         value: Any = SimpleNamespace(**run_path(file, run_name="checked"))
         for name in attribute.split("."):
+            if not hasattr(value, name):
+                known = sorted(key for key, each in vars(value).items() if isinstance(each, nn.Module))
+                raise ModelError(
+                    f"{file} has no {attribute}: its modules are {', '.join(known) or 'made in functions'}"
+                )
             value = getattr(value, name)
         if callable(value) and not isinstance(value, nn.Module | type):
             value = value()
+    except ModelError:
+        raise
     except (Exception, SystemExit) as error:
         lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == file]
         where = f"{file}, line {lines[-1]}" if lines else file
