@@ -36,6 +36,7 @@ class Code(IntEnum):
     REPEATED_STREAM = 7
     BAD_NAME = 8
     UNKNOWN_MODEL = 9
+    NOT_ALLOWED = 10
     NOT_FINITE = 100
     SEQ_GAP = 101
     SEQ_REPEATED = 102
@@ -81,6 +82,7 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.REPEATED_STREAM: "a block may hold each stream only once",
     Code.BAD_NAME: f"a stream's name must be 1 to {MAX_NAME_BYTES} bytes of printable UTF-8",
     Code.UNKNOWN_MODEL: "this server serves no model of that name",
+    Code.NOT_ALLOWED: "the key of this client does not permit this; the server's operator decides what it may do",
     Code.NOT_FINITE: "the frame or state holds NaN or infinity; it was not applied and the stream's state is unchanged",
     Code.SEQ_GAP: "an earlier frame of this stream is missing; send from the expected seq",
     Code.SEQ_REPEATED: "this frame was already applied, and its output is not ready yet or no longer kept",

@@ -38,10 +38,10 @@ class ConfigError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-class _Loader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which PyYAML keeps the last one."""
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: D102 - as of yaml.SafeLoader
         node, seen = super().compose_mapping_node(anchor), set[str]()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
@@ -141,7 +141,7 @@ def _variable(path: str) -> str:
 def _from_file(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
-            document = _Loader(stream).get_single_data() or {}
+            document = UniqueKeyLoader(stream).get_single_data() or {}
         return {str(name): section for name, section in document.items()}
     except OSError as error:
         raise ConfigError([f"file {file}: it cannot be read: {error.strerror}"]) from None
@@ -174,7 +174,7 @@ def _placed(value: Any, base: Path) -> Any:
 def _absolute(value: Any, base: Path) -> Any:
     if isinstance(value, str):
         if value[:1] in ("[", "{"):
-            value = _Loader(value).get_single_data()
+            value = UniqueKeyLoader(value).get_single_data()
         elif value in ("", "null"):
             return None
         else:

@@ -13,6 +13,7 @@ from typing import Final
 from instep.frontends.models import Served
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.router import Sender, Sent
+from instep.security.principals import LOCAL, Principal
 from instep.streaming.api import Refusal, Reply, StreamEvent
 from instep_client.protocol.wire import Message
 
@@ -35,6 +36,8 @@ class Peer:
     served: Served
     """Its model, from HELLO to the end of the connection; another version of it once its streams were moved."""
     last_heard_ns: int
+    principal: Principal = LOCAL
+    """Who it is, from HELLO to the end of the connection; the routing id is no identity."""
     number: int = -1
     arrival: int = 0
     outbox: deque[tuple[Message, int]] = field(default_factory=deque)
