@@ -12,7 +12,7 @@ import structlog
 from instep.config import Config
 from instep.frontends import CannotListen
 from instep.frontends.http.admin import AdminServer, bind
-from instep.frontends.http.security import read_token
+from instep.frontends.http.security import read_tokens
 from instep.frontends.models import Models
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound, Peer
@@ -87,7 +87,7 @@ def _make_server(
         undo.callback(foundation.executor.stop, 0.0)
     router = Router(config.transport)
     undo.callback(router.close)
-    token = read_token(config.http)
+    tokens = read_tokens(config.http)
     listener = bind(config.http, log)
     if listener is not None:
         undo.callback(listener.close)
@@ -120,7 +120,7 @@ def _make_server(
             served.keep_as(each.kept_as)
         server.add(served)
     if listener is not None:
-        server.admin = AdminServer(listener, token, server, log)
+        server.admin = AdminServer(listener, tokens, server, log)
     return server
 
 

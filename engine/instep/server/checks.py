@@ -19,7 +19,7 @@ import structlog
 from instep.config import Config
 from instep.core.tables import STREAM
 from instep.frontends import CannotListen
-from instep.frontends.http.security import DEFAULT, cannot_listen, read_token
+from instep.frontends.http.security import DEFAULT, cannot_listen, read_tokens
 from instep.memory import size, usable_memory
 from instep.models.errors import no_folder
 from instep.recording.database import check_file, check_place, lost_tail
@@ -218,7 +218,7 @@ def _is_in_use(address: str, family: int = socket.AF_UNSPEC) -> bool:
 
 def _token(config: Config) -> Iterator[Finding]:
     try:
-        read_token(config.http)
+        read_tokens(config.http)
     except CannotListen as error:
         yield Finding("problem", str(error), "")
 

@@ -20,6 +20,8 @@ import torch
 
 from instep.config import Config, ConfigError, ModelConfig
 from instep.core.compiled import are_cached
+from instep.frontends import CannotListen
+from instep.frontends.http.security import read_tokens
 from instep.server.assembly import make_server
 from instep.server.checks import (
     FILES_BESIDE_CONNECTIONS,
@@ -155,9 +157,12 @@ def reload(
     threshold.level = "info"  # whoever sent the signal is told what came of it
     try:
         wanted = reread()
+        tokens = read_tokens(running.http)
         models = {"model": server.loader.config}
         under_way = [text for path, text in differences(running.model_copy(update=models), wanted) if path in MODELS]
         server.configure(_with_values(running, _changeable(wanted)))
+        if server.admin is not None:
+            server.admin.guard.tokens = tokens
         server.loader.reload(wanted.model, lambda: kept.keep(server))
         level = wanted.log.level
         changed = dict(differences(running, wanted))
@@ -175,6 +180,10 @@ def reload(
         kept.keep(server)
         for problem in error.problems:
             log.error("not reloaded", reason=str(problem))
+    except CannotListen as error:
+        server.unread = str(error)
+        kept.keep(server)
+        log.error("not reloaded", reason=server.unread)
     finally:
         threshold.level = level
 

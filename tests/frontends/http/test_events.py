@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import select
+import socket
 import time
 import weakref
 from collections.abc import AsyncIterator
@@ -12,7 +14,9 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 
+from instep.frontends.http import admin
 from instep_client import AsyncClient
 from tests.support.admin import administered, connect, error
 from tests.support.models import SEED_SIZED, SMALL
@@ -140,3 +144,30 @@ async def test_a_model_that_is_unloaded_ends_them_too_and_is_not_kept_by_what_wa
         while there() is not None:
             await asyncio.sleep(0.1)
             gc.collect()
+
+
+async def test_a_listener_that_takes_nothing_is_ended_and_one_that_reads_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admin, "_LOOK_S", 0.05)
+    monkeypatch.setattr(admin, "_TAKES_NOTHING_S", 1.5)
+    async with administered() as (server, http), http.stream("GET", "/api/events") as answer:
+        assert server.admin is not None
+        host, _, port = server.admin.url.removeprefix("http://").rpartition(":")
+        with socket.socket() as takes_nothing:
+            takes_nothing.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            takes_nothing.connect((host, int(port)))
+            takes_nothing.sendall(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            ended = asyncio.create_task(_has_ended(takes_nothing))
+            async for _ in read(answer):
+                if ended.done():
+                    break
+            else:
+                pytest.fail("the one that reads was ended, too")
+
+
+async def _has_ended(connection: socket.socket) -> None:
+    poll = select.poll()
+    poll.register(connection, 0)  # asks for errors alone: nothing is read
+    while not poll.poll(0):
+        await asyncio.sleep(0.05)

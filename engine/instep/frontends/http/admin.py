@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
+from collections.abc import Mapping
 from typing import Final
 
 import anyio
@@ -29,6 +31,13 @@ MOST_HEAD_BYTES: Final = 16_384
 _LINGER_S: Final = 0.5
 """Time that answers under way may take when the server ends."""
 _BACKLOG: Final = 128
+_SEND_BUFFER_BYTES: Final = 65_536
+"""Of the kernel, for a connection: without it, megabytes of events would be kept for a listener that takes none."""
+_TAKES_NOTHING_S: Final = 10.0
+"""A connection to which something is to be sent, and whose machine has taken nothing for so long, ends."""
+_LOOK_S: Final = 1.0
+_TCP_INFO: Final = struct.Struct("=24xI92xQ16xI")
+"""tcpi_unacked, tcpi_bytes_acked and tcpi_notsent_bytes of Linux's `struct tcp_info`."""
 
 
 def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | None = DEFAULT) -> socket.socket | None:
@@ -55,6 +64,7 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | N
         raise cannot_listen(config.endpoint, error) from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         listener.setblocking(False)
         listener.bind(address)
         listener.listen(_BACKLOG)
@@ -71,11 +81,16 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | N
 class AdminServer:
     """Serves what it sees of a server, which has its models, over HTTP.
 
-    The listener is bound and listening, and closed with this. Requests have to show the token, where there is one.
+    The listener is bound and listening, and closed with this. Requests have to show one of the tokens, unless these
+    are None.
     """
 
     def __init__(
-        self, listener: socket.socket, token: str | None, subject: Subject, log: structlog.stdlib.BoundLogger
+        self,
+        listener: socket.socket,
+        tokens: Mapping[str, str] | None,
+        subject: Subject,
+        log: structlog.stdlib.BoundLogger,
     ) -> None:
         host, port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -86,11 +101,21 @@ class AdminServer:
         anyio.get_cancelled_exc_class()
         list(exposition(subject.services))
         self._listener = listener
-        self._server = make_server(Guard(app, token, is_loopback_host(host)))
+        self.guard = Guard(app, tokens, is_loopback_host(host))
+        self._server = make_server(self.guard)
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Answer from now on."""
         await self._server.startup(sockets=[self._listener])
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            for connection in list(self._server.server_state.connections):
+                if isinstance(connection, _Connection):
+                    connection.end_if_stuck()
 
     def go_away(self) -> None:
         """Say goodbye to those who listen, because the server ends; requests are answered until `close`."""
@@ -99,6 +124,8 @@ class AdminServer:
     async def close(self) -> None:
         """End every connection; answers under way get a moment."""
         self._events.close()
+        if self._watching is not None:
+            self._watching.cancel()
         await close_server(self._server, self._listener)
 
 
@@ -143,6 +170,8 @@ class _Connection(H11Protocol):
     """One of a bounded number: the one that has asked for nothing for longest makes room for the next."""
 
     _silent_since_s = 0.0
+    _taken_bytes = 0
+    _taken_at_s = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -155,3 +184,26 @@ class _Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._silent_since_s = self.loop.time()
+
+    def end_if_stuck(self) -> None:
+        """End the connection if its peer has taken nothing for too long of what is to be sent to it."""
+        now_s, (taken, waiting) = self.loop.time(), _sent_bytes(self.transport)
+        if taken != self._taken_bytes or not waiting:
+            self._taken_bytes, self._taken_at_s = taken, now_s
+        elif now_s - self._taken_at_s > _TAKES_NOTHING_S:
+            # With this, the kernel does not go on to keep what was not taken.
+            at_once = struct.pack("ii", 1, 0)
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+            self.transport.abort()
+
+
+def _sent_bytes(transport: asyncio.Transport) -> tuple[int, int]:
+    """The bytes that the peer's machine has taken, as Linux counts them, and those that wait, about."""
+    waiting = transport.get_write_buffer_size()
+    if not hasattr(socket, "TCP_INFO") or transport.is_closing():
+        return 0, waiting
+    info = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+    if len(info) < _TCP_INFO.size:
+        return 0, waiting
+    unacknowledged, taken, unsent = _TCP_INFO.unpack(info)
+    return taken, waiting + unacknowledged + unsent
