@@ -40,6 +40,7 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.SERVED, 8, (2,), "93 4e 08 02"),
     (Kind.MOVED, 0, (1, "ab"), "94 4f 00 01 a2 6162"),
     (Kind.WOKEN, 0, (1,), "93 50 00 01"),
+    (Kind.REMOVE, 9, (3, 1), "94 0d 09 03 01"),
 ]
 
 

@@ -94,8 +94,15 @@ class _WatchedOperations(StreamOperations):
     watcher: Watcher
     hibernation: Hibernation
 
-    async def open(self, origin: Origin, names: Names, states: U8 | None, first_seqs: I64 | None) -> Grants:
-        grants = await super().open(origin, names, states, first_seqs)
+    async def open(
+        self,
+        origin: Origin,
+        names: Names,
+        states: U8 | None,
+        first_seqs: I64 | None,
+        check_quota: Callable[[int], None] = lambda count: None,
+    ) -> Grants:
+        grants = await super().open(origin, names, states, first_seqs, check_quota)
         self.watcher.has_moved()  # before the answer finds the connection gone
         return grants
 
@@ -114,10 +121,17 @@ class _WatchedOperations(StreamOperations):
         self.watcher.reads(origin, handles)
         return await super().read_own_states(origin, handles)
 
-    async def fork(self, origin: Origin, handles: U64, names: Names, codes: I32) -> Grants:
+    async def fork(
+        self,
+        origin: Origin,
+        handles: U64,
+        names: Names,
+        codes: I32,
+        check_quota: Callable[[int], None] = lambda count: None,
+    ) -> Grants:
         handles, _ = await self.awake(origin, handles)
         self.watcher.reads(origin, handles, names)
-        return await super().fork(origin, handles, names, codes)
+        return await super().fork(origin, handles, names, codes, check_quota)
 
 
 @dataclass(frozen=True)

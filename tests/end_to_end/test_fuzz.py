@@ -242,7 +242,7 @@ class MessageMaker:
         return [self._one_of(known) for _ in range(count)]
 
     def _hello(self) -> list[bytes]:
-        return [self._header(Kind.HELLO, 7, "fuzzer", "")]
+        return [self._header(Kind.HELLO, 8, "fuzzer", "")]
 
     def _open(self) -> list[bytes]:
         count = 1 + self._below(3)

@@ -262,7 +262,9 @@ class FakeRules:
                 Kind.STATISTICS,
                 header[1],
                 [["ready", self.ready], ["streams_open", float(len(self.names))], ["blocks", len(self.blocks)]],
-            )
+            ),
+            b"",
+            b"",
         ]
 
     def _models(self, header: list[Any], frames: list[bytes]) -> Message:

@@ -323,7 +323,7 @@ class RingServer:
         return [pack(Kind.LISTED, header[1], len(found), 0), "\n".join(self.streams).encode(), found.tobytes()]
 
     def _stats(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
-        return [pack(Kind.STATISTICS, header[1], [["streams_open", float(len(self.streams))]])]
+        return [pack(Kind.STATISTICS, header[1], [["streams_open", float(len(self.streams))]]), b"", b""]
 
     def _step(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         _, request, steps, columns, features, _ = header

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final
 
-PROTOCOL_VERSION: Final = 7
+PROTOCOL_VERSION: Final = 8
 DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
 MAX_NAME_BYTES: Final = 200
 MAX_MODEL_NAME_LENGTH: Final = 100
@@ -55,6 +55,7 @@ class Code(IntEnum):
     FRAMES_PENDING = 117
     HIBERNATED = 118
     UNLOADED = 119
+    BY_OPERATOR = 120
     BUSY = 200
     TOO_MANY_STREAMS = 201
     STEP_FAILED = 202
@@ -102,6 +103,7 @@ SENTENCES: Final[dict[Code, str]] = {
     Code.FRAMES_PENDING: "frames or outputs of this stream are still in flight; ask again when they have arrived",
     Code.HIBERNATED: "the stream was idle and has left memory; the server wakes it: wait for its new handle (WOKEN)",
     Code.UNLOADED: "the stream was ended because its model was unloaded, and no recording keeps it",
+    Code.BY_OPERATOR: "an operator of the server closed the stream or parked it; a parked one can be resumed",
     Code.BUSY: "the server's queue is full; nothing of this message was applied; send it again later",
     Code.TOO_MANY_STREAMS: "engine.max_streams streams are in memory, parked ones included: close some, raise the "
     "limit, or try later where the server records, since streams that do nothing for 1 s make room there",

@@ -84,6 +84,12 @@ FAILURE: Final = np.dtype(
 """One failed column: frames `timestep`, `timestep + 1`, … of it were not applied; the stream now expects
 `expected_seq` (24 bytes)."""
 
+PRINCIPAL: Final = np.dtype(
+    [("frames", "<u8"), ("refused", "<u8"), ("unread_bytes", "<u8"), ("connections", "<u4"), ("streams", "<u4")]
+)
+"""What a principal uses, in STATISTICS: the frames that it sent, its messages that a quota refused, the bytes that the
+server keeps for it, and its connections and open streams (32 bytes)."""
+
 NO_FAILURES: Final[FailureArray] = np.empty(0, FAILURE)
 
 
@@ -102,6 +108,7 @@ class Kind(IntEnum):
     FORK = 10
     LIST = 11
     MODELS = 12
+    REMOVE = 13
     WELCOME = 65
     OPENED = 66
     STEPPED = 67
@@ -132,6 +139,7 @@ HEADER_LENGTH: Final[dict[Kind, int]] = {
     Kind.FORK: 3,  # kind, request, N
     Kind.LIST: 5,  # kind, request, cursor (0 at first), the most streams, place (0 for any)
     Kind.MODELS: 2,
+    Kind.REMOVE: 4,  # kind, request, N, whether to park the streams (1) or close them (0)
     Kind.WELCOME: 20,  # see ServerInfo
     Kind.OPENED: 5,  # kind, request, N, durability, sentences
     Kind.CLOSED: 4,  # kind, request, N, sentences
@@ -162,11 +170,12 @@ FRAME_COUNT: Final[dict[Kind, int]] = {
     Kind.FORK: 3,  # handles uint64 [N], names of the copies
     Kind.LIST: 2,  # what the names begin with
     Kind.MODELS: 1,
+    Kind.REMOVE: 2,  # names
     Kind.WELCOME: 2,  # names of the outputs, or empty
     Kind.OPENED: 3,  # grants [N], failures
     Kind.CLOSED: 3,  # final states [N, row_bytes] (floats NaN where refused), failures
     Kind.PONG: 1,
-    Kind.STATISTICS: 1,
+    Kind.STATISTICS: 3,  # names of principals, principals [P]; both empty without keys
     Kind.EVICTED: 2,  # handles uint64 [N]
     Kind.ERROR: 1,
     Kind.GOODBYE: 1,

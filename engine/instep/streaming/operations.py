@@ -7,6 +7,7 @@ is. Changes that later frames must find are made there.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -53,7 +54,14 @@ class StreamOperations:
 
     # ── Open and fork ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def open(self, origin: Origin, names: Names, states: U8 | None, first_seqs: I64 | None) -> Grants:
+    async def open(
+        self,
+        origin: Origin,
+        names: Names,
+        states: U8 | None,
+        first_seqs: I64 | None,
+        check_quota: Callable[[int], None] = lambda count: None,
+    ) -> Grants:
         """Open streams.
 
         Args:
@@ -61,12 +69,14 @@ class StreamOperations:
             names: valid names, some of which may be in use.
             states: initial states [N, row_bytes], None for the model's own.
             first_seqs: the seqs of their first frames, int64 [N], None for 0.
+            check_quota: called with the number of streams that are about to be opened; it may raise a Refusal.
         """
         in_use = self._table.find(names) != SCRATCH_SLOT
         fresh = {name for name, used in zip(names, in_use.tolist(), strict=True) if not used}
         await self.hibernation.make_room(sum(name not in self.hibernation for name in fresh))
         if not self._origins.is_connected(origin):  # gone since it asked; its number may be another's now
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
+        check_quota(len(fresh))
         slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs, self.hibernation)
         granted = codes == 0
         opened = slots[granted]
@@ -97,7 +107,14 @@ class StreamOperations:
         await self._end(left, "failed")
         self._origins.notify(owners, Code.STATE_LOST)
 
-    async def fork(self, origin: Origin, handles: U64, names: Names, codes: I32) -> Grants:
+    async def fork(
+        self,
+        origin: Origin,
+        handles: U64,
+        names: Names,
+        codes: I32,
+        check_quota: Callable[[int], None] = lambda count: None,
+    ) -> Grants:
         """Open copies of streams, each with the state and the next seq of its original.
 
         Args:
@@ -105,6 +122,7 @@ class StreamOperations:
             handles: of the originals, uint64 [N].
             names: of the copies.
             codes: int32 [N], not 0 where the copy is refused already.
+            check_quota: as in `open`.
         """
         slots, found = await self._own(origin, handles)
         codes = np.where(found, found, codes).astype(np.int32)
@@ -117,7 +135,8 @@ class StreamOperations:
         good = good[~lost]
         if not self._origins.is_connected(origin):
             return Grants.none(codes)  # gone meanwhile; its number may be another's now
-        copies = await self.open(origin, [names[index] for index in good.tolist()], states[~lost], seqs[~lost])
+        named = [names[index] for index in good.tolist()]
+        copies = await self.open(origin, named, states[~lost], seqs[~lost], check_quota)
         return copies.spread(codes)
 
     # ── Resume ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -311,6 +330,41 @@ class StreamOperations:
         await self._journal.durable(lsn)
         return states, lost
 
+    async def remove(self, names: Names, *, park: bool) -> I32:
+        """Close or park streams by distinct names for an operator, and notify their owners; see `close`.
+
+        Returns:
+            int32 [N], 0 where it was done.
+
+        Raises:
+            Refusal: two of the names are the same.
+        """
+        if len(set(names)) < len(names):
+            raise Refusal(Code.REPEATED_STREAM)
+        codes = await self.hibernation.wake(names)
+        slots = self._table.find(names)
+        codes[(codes == 0) & ((slots == SCRATCH_SLOT) | self._table.closing[slots])] = Code.UNKNOWN_STREAM
+        slots = slots[codes == 0]
+        if not len(slots):
+            return codes
+        owners = self._origins.owners(self._table, slots)
+        if park:
+            self.park(slots[self._table.owner[slots] != self._table.parked], time.monotonic_ns())
+            await self._journal.durable(self._journal.newest)
+        else:
+            _, lost = await self._end(slots, "closed")
+            codes[codes == 0] = np.where(lost, Code.STATE_LOST, 0)
+        self._origins.notify(owners, Code.BY_OPERATOR)
+        return codes
+
+    def park(self, slots: I64, now_ns: int) -> None:
+        """Take streams, int64 [N], from their owners; they wait to be resumed."""
+        self._table.park(slots, now_ns)
+        self._journal.parked(slots)
+        self._engine.stats.parked_streams_total += len(slots)
+        self._engine.events.add_all("parked", self._table.names(slots), seqs=self._table.next_seq[slots])
+        self._origins.release_left()
+
     def lose(self, slots: I64) -> None:
         """The states of these streams, int64 [N], are gone: they end."""
         self._table.lost[slots] = True
@@ -437,11 +491,7 @@ class Reaper:
         if not self._hibernation.limits.park_ns:
             self._operations.evict(slots, Code.CLIENT_GONE)
             return
-        self._table.park(slots, now_ns)
-        self._engine.journal.parked(slots)
-        self._engine.stats.parked_streams_total += len(slots)
-        self._engine.events.add_all("parked", self._table.names(slots), seqs=self._table.next_seq[slots])
-        self._engine.origins.release_left()
+        self._operations.park(slots, now_ns)
 
     def _evict_surplus(self) -> None:
         table, most = self._table, self._hibernation.limits.max_parked

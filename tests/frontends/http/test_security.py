@@ -43,11 +43,14 @@ async def test_every_path_but_health_wants_the_token(token_file: Path) -> None:
 
 
 async def test_each_of_several_tokens_is_good_until_it_is_withdrawn(token_file: Path) -> None:
-    token_file.write_text(f"prometheus: {TOKEN}\n\nann:  {TOKEN}:2\n")
+    def write(content: str) -> None:
+        token_file.write_text(content)
+
+    write(f"prometheus: {TOKEN}\n\nann:  {TOKEN}:2\n")
     async with administered(http={"token_file": token_file}) as (server, http):
         shown = [{"authorization": f"Bearer {token}"} for token in (TOKEN, f"{TOKEN}:2", f"ann: {TOKEN}:2")]
         assert [(await http.get("/api/stats", headers=each)).status_code for each in shown] == [200, 200, 401]
-        token_file.write_text(f"ann: {TOKEN}:2\n")
+        write(f"ann: {TOKEN}:2\n")
         assert server.admin is not None
         server.admin.guard.tokens = security.read_tokens(server.config.http)
         assert [(await http.get("/api/stats", headers=each)).status_code for each in shown] == [401, 200, 401]

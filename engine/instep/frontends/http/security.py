@@ -152,8 +152,8 @@ class Guard:
             self._check_token(_shown_token(headers.get("authorization", "")))
 
     def _check_token(self, shown: str) -> None:
-        # All are compared, so that the time does not tell which one is nearly right.
-        if not any([_are_equal(shown, token) for token in (self.tokens or {}).values()]):
+        equal = [_are_equal(shown, token) for token in (self.tokens or {}).values()]
+        if not any(equal):
             sentence = (
                 "this needs a token of http.token_file: send `Authorization: Bearer TOKEN`, or the password TOKEN"
             )

@@ -17,6 +17,9 @@ from instep.frontends.zmq.decode import Decoder, hello
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.requests import HANDLERS, Answer, Handler, Requests
 from instep.frontends.zmq.router import Router
+from instep.security.policy import Verb, allowed, allowed_to_see
+from instep.security.principals import LOCAL, Principal
+from instep.security.quotas import Usage, Usages
 from instep.streaming.api import Refusal
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
@@ -28,6 +31,8 @@ _MOST_REQUESTS: Final = 512
 """Requests on streams that may be under way, of all peers together. A peer may have no more requests than places are
 free: 256 for a single peer, about 170 each for two. So there is always a place for another peer."""
 _BUSY_RETRY_US: Final = 2000
+_UNREAD_RETRY_US: Final = 100_000
+_QUOTA_RETRY_US: Final = 1_000_000
 
 
 class ZmqFrontend:
@@ -46,8 +51,10 @@ class ZmqFrontend:
         probe_after_ns: int,
         wake: Callable[[], None],
         log: structlog.stdlib.BoundLogger,
+        usages: Usages | None = None,
     ) -> None:
         self.is_paused = False
+        self._usages = usages or Usages()
         self._models = models
         self._router = router
         self._outbound = outbound
@@ -65,7 +72,7 @@ class ZmqFrontend:
     def added(self, served: Served) -> None:
         info = served.info
         decoder = Decoder(info.features, info.state, info.max_block_frames, info.max_message_bytes)
-        self._requests_of[served] = Requests(served, decoder)
+        self._requests_of[served] = Requests(served, decoder, self._check_streams)
 
     def removed(self, served: Served, reason: str) -> None:
         self._outbound.say_last(encode.goodbye(reason), served)
@@ -169,6 +176,8 @@ class ZmqFrontend:
             if not self._all_are_ready:
                 served.refuse_what_is_new()
             frames = self._requests_of[served].decoder.step(peer, parts, now_ns)
+            if peer.usage.number:
+                self._check_frames(peer, frames.timesteps * frames.width, now_ns)
         except Exception as error:
             self._refuse(routing_id, peer, request_of_step(parts[0]), error)
             return
@@ -184,15 +193,22 @@ class ZmqFrontend:
         if header.kind is not Kind.HELLO:
             raise Refusal(Code.HELLO_FIRST)
         name, model = hello(header, routing_id)
-        served = self._models.find(model) if model else self._models.default
+        principal = LOCAL
+        served = self._models.find(model, self._may_use(principal))
         served.refuse_what_is_new()
-        peer = Peer(self._outbound, routing_id, served, now_ns)
+        usage = self._usages.of(principal)
+        peer = Peer(self._outbound, routing_id, served, now_ns, principal, usage)
+        if not usage.may_connect():
+            usage.refused_total += 1
+            sentence = f"{principal.name} has {usage.connections} connections, as many as its quota allows"
+            raise Refusal(Code.BUSY, retry_after_us=_QUOTA_RETRY_US, sentence=sentence)
         count = len(self._outbound)
         if count >= self._max_connections or not served.service.engine.origins.connect(peer):
             sentence = f"the server has {count} connections, as many as limits.max_connections allows; try again later"
             raise Refusal(Code.BUSY, retry_after_us=1_000_000, sentence=sentence)
         self._outbound.add(peer)
-        self._log.debug("connected", connection=peer.number, name=name)
+        served.service.engine.table.principal_of[peer.number] = usage.number
+        self._log.debug("connected", connection=peer.number, name=name, principal=principal.name)
         self._outbound.send(peer, encode.welcome(header.request, served.info))
 
     def _reply_at_once(self, peer: Peer, header: Header, parts: list[bytes], now_ns: int) -> None:
@@ -211,15 +227,72 @@ class ZmqFrontend:
             case Kind.PONG:
                 self._outbound.acknowledge(peer, header.request)
             case Kind.LIST:
-                page = served.service.listing.page(*self._requests_of[served].decoder.listing(header, parts[1]), now_ns)
+                cursor, most, place, prefix = self._requests_of[served].decoder.listing(header, parts[1])
+
+                def accepts(name: str) -> bool:
+                    return name.startswith(prefix) and allowed(peer.principal, Verb.LIST, name)
+
+                page = served.service.listing.page(cursor, most, place, accepts, now_ns)
                 self._outbound.send(peer, encode.listed(header.request, page))
             case Kind.STATS:
-                self._outbound.send(peer, encode.statistics(header.request, served.service.numbers()))
+                used = self.used(partial(allowed_to_see, peer.principal))
+                self._outbound.send(peer, encode.statistics(header.request, served.service.numbers(), used))
             case Kind.MODELS:
-                models = {each.service.name: each.summary() for each in self._models}
+                may_use = self._may_use(peer.principal)
+                models = {each.service.name: each.summary() for each in self._models if may_use(each.service.name)}
                 self._outbound.send(peer, encode.served(header.request, models))
             case _:
                 raise MalformedMessage(f"{header.kind.name} is a message of the server's")
+
+    # ── Principals ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _may_use(self, principal: Principal) -> Callable[[str], bool]:
+        return partial(allowed, principal, Verb.HELLO)
+
+    def used(self, may_see: Callable[[str], bool] = lambda name: True) -> dict[str, tuple[int, ...]]:
+        """What principals use, by name: the fields of `wire.PRINCIPAL`."""
+        return {
+            usage.principal.name: (
+                usage.frames_total,
+                usage.refused_total,
+                usage.kept_bytes,
+                usage.connections,
+                self._streams_of(usage),
+            )
+            for usage in self._usages
+            if may_see(usage.principal.name)
+        }
+
+    def _streams_of(self, usage: Usage) -> int:
+        return sum(served.service.listing.count_of(usage.number) for served in self._models)
+
+    def _check_frames(self, peer: Peer, frames: int, now_ns: int) -> None:
+        self._check_unread(peer)
+        usage = peer.usage
+        if wait_ns := usage.wait_ns(frames, now_ns):
+            usage.refused_total += 1
+            rate = usage.principal.quotas.frames_per_s
+            sentence = f"{usage.principal.name} has sent more than {rate:g} frames/s, which its quota allows"
+            raise Refusal(Code.BUSY, retry_after_us=wait_ns // 1000 + 1, sentence=sentence)
+
+    def _check_unread(self, peer: Peer) -> None:
+        usage = peer.usage
+        if usage.is_full:
+            usage.refused_total += 1
+            self._outbound.ask(peer)
+            sentence = f"{usage.principal.name} leaves {usage.kept_bytes} bytes unread, more than its quota allows"
+            raise Refusal(Code.BUSY, retry_after_us=_UNREAD_RETRY_US, sentence=f"{sentence}; read first")
+
+    def _check_streams(self, peer: Peer, count: int) -> None:
+        usage = peer.usage
+        most = usage.principal.quotas.streams
+        if most is not None and count and (held := self._streams_of(usage)) + count > most:
+            usage.refused_total += 1
+            sentence = (
+                f"{usage.principal.name} has {held} open streams, parked and hibernating ones included, and its quota "
+                f"allows {most}: close some"
+            )
+            raise Refusal(Code.TOO_MANY_STREAMS, retry_after_us=_QUOTA_RETRY_US, sentence=sentence)
 
     def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, error: Exception) -> None:
         """Refuse a message as a whole; the default model counts it if the connection belongs to no model yet.
@@ -243,10 +316,14 @@ class ZmqFrontend:
     def _begin(self, handler: Handler, peer: Peer, header: Header, parts: list[bytes]) -> bool:
         if peer.requests >= _MOST_REQUESTS - self._requests:
             raise Refusal(Code.BUSY, "too many requests on streams are under way", _BUSY_RETRY_US)
+        self._check_unread(peer)
         answer = handler(self._requests_of[peer.served], peer, header, parts)
         self._requests += 1
         peer.requests += 1
-        peer.served.service.tasks.start(self._run(answer, peer, header), partial(self._request_ended, peer))
+        kept_bytes = header.fields[0] * peer.served.info.state.row_bytes
+        peer.usage.kept_bytes += kept_bytes
+        ended = partial(self._request_ended, peer, kept_bytes)
+        peer.served.service.tasks.start(self._run(answer, peer, header), ended)
         return True
 
     async def _run(self, answer: Answer, peer: Peer, header: Header) -> None:
@@ -260,8 +337,9 @@ class ZmqFrontend:
         except Refusal as refusal:
             self._refuse(peer.routing_id, peer, header.request, refusal)
 
-    def _request_ended(self, peer: Peer) -> None:
+    def _request_ended(self, peer: Peer, kept_bytes: int) -> None:
         self._requests -= 1
+        peer.usage.kept_bytes -= kept_bytes
         peer.is_unused = peer.is_gone or not peer.served.service.engine.origins.has_streams(peer)
         peer.requests -= 1
         self._wake()

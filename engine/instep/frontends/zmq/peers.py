@@ -7,6 +7,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Final
 
@@ -14,6 +15,7 @@ from instep.frontends.models import Served
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.router import Sender, Sent
 from instep.security.principals import LOCAL, Principal
+from instep.security.quotas import Usage
 from instep.streaming.api import Refusal, Reply, StreamEvent
 from instep_client.protocol.wire import Message
 
@@ -38,6 +40,8 @@ class Peer:
     last_heard_ns: int
     principal: Principal = LOCAL
     """Who it is, from HELLO to the end of the connection; the routing id is no identity."""
+    usage: Usage = field(default_factory=partial(Usage, LOCAL))
+    """That of the principal, on all of its connections."""
     number: int = -1
     arrival: int = 0
     outbox: deque[tuple[Message, int]] = field(default_factory=deque)
@@ -142,6 +146,7 @@ class Outbound:
     def add(self, peer: Peer) -> None:
         """A connection has said HELLO."""
         self._peers[peer.routing_id] = peer
+        peer.usage.connections += 1
         self._share()
 
     def _share(self) -> None:
@@ -186,6 +191,7 @@ class Outbound:
     def _grow(self, peer: Peer, size: int, frames: int) -> None:
         """A peer's outbox has grown by these bytes and frames, or has shrunk where they are negative."""
         peer.outbox_bytes += size
+        peer.usage.kept_bytes += size
         self.total_bytes += size
         peer.served.service.engine.origins.add_backlog(peer, frames)
 
@@ -193,16 +199,21 @@ class Outbound:
         size, unread = size_bytes(message), peer.sent_bytes - peer.read_bytes
         is_over = self.unread_bytes + size > self.max_total_bytes // 2 and unread > 0
         if is_over or unread > self._max_unread_bytes:
-            if peer.asked_bytes < peer.sent_bytes:  # if it has read more by now, that makes room for all
-                self._ask(peer)
+            self.ask(peer)  # if it has read more by now, that makes room for all
             return Sent.FULL
         sent = self._router.send(peer.routing_id, message)
         if sent is Sent.HANDED_OVER:
             peer.sent_bytes += size
+            peer.usage.kept_bytes += size
             self.unread_bytes += size
             if peer.sent_bytes - peer.asked_bytes > self._ask_every_bytes:
                 self._ask(peer)
         return sent
+
+    def ask(self, peer: Peer) -> None:
+        """Ask a peer how much it has read, unless it has been sent nothing since it was asked."""
+        if peer.asked_bytes < peer.sent_bytes:
+            self._ask(peer)
 
     def _ask(self, peer: Peer) -> Sent:
         is_asked = peer.asked and peer.asked_bytes == peer.sent_bytes
@@ -223,6 +234,7 @@ class Outbound:
         if sent_bytes > peer.read_bytes:
             peer.asked = {other: bytes_then for other, bytes_then in peer.asked.items() if bytes_then > sent_bytes}
             self.unread_bytes -= sent_bytes - peer.read_bytes
+            peer.usage.kept_bytes -= sent_bytes - peer.read_bytes
             peer.read_bytes = sent_bytes
             if peer.outbox:
                 peer.blocked_since_ns = self._clock()
@@ -279,6 +291,8 @@ class Outbound:
         if peer.is_gone:
             return
         peer.is_gone = True
+        peer.usage.connections -= 1
+        peer.usage.kept_bytes -= peer.outbox_bytes + peer.sent_bytes - peer.read_bytes
         self.total_bytes -= peer.outbox_bytes
         self.unread_bytes -= peer.sent_bytes - peer.read_bytes
         del self._peers[peer.routing_id]
