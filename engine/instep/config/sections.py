@@ -263,6 +263,12 @@ class LogConfig(Section):
     summary_s: Seconds = 10.0
 
 
+class AuditConfig(Section):
+    """The audit; no file means none is written."""
+
+    file: Path | None = None
+
+
 class Config(Section):
     """The whole configuration; one that contradicts itself cannot be made."""
 
@@ -275,6 +281,7 @@ class Config(Section):
     verify: VerifyConfig = VerifyConfig()
     shutdown: ShutdownConfig = ShutdownConfig()
     log: LogConfig = LogConfig()
+    audit: AuditConfig = AuditConfig()
 
     @model_validator(mode="after")
     def _verifies_what_is_recorded(self) -> Self:

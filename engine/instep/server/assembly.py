@@ -129,7 +129,8 @@ def _frontend(
 ) -> ZmqFrontend:
     def detach(peer: Peer) -> None:
         service = peer.served.service
-        log.debug("disconnected", connection=peer.number, streams=int(service.engine.table.owned[peer.number]))
+        about = {"connection": peer.number, "principal": peer.principal.name}
+        log.debug("disconnected", **about, streams=int(service.engine.table.owned[peer.number]))
         service.reaper.detach(peer)
 
     outbound = Outbound(

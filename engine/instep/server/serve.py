@@ -23,6 +23,7 @@ from instep.core.compiled import are_cached
 from instep.frontends import CannotListen
 from instep.frontends.http.security import read_tokens
 from instep.server.assembly import make_server
+from instep.server.audit import Audit
 from instep.server.checks import (
     FILES_BESIDE_CONNECTIONS,
     allow_open_files,
@@ -252,7 +253,8 @@ def run(
         SystemExit: in the parent of that child, with the child's status.
     """
     threshold = Threshold(config.log.level)
-    log = make_log(config.log, threshold)
+    audit = Audit(config.audit.file) if config.audit.file is not None else None
+    log = make_log(config.log, threshold, audit)
     settle(before_loading(config, restart=restart), log)
     prepared = prepare(config, log, restart=restart)
     settle(with_all_streams(config, prepared), log)
@@ -262,9 +264,13 @@ def run(
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
     manager = ServiceManager(os.environ, log)
     start = _Start(reread or (lambda: config), on_ready, Kept(), manager, restart, _has_terminal())
-    if restart and supervise(log):
-        return _serve_again(config, prepared, log, threshold, start)
-    return asyncio.run(_serve(config, prepared, log, threshold, start))
+    try:
+        if restart and supervise(log):
+            return _serve_again(config, prepared, log, threshold, start)
+        return asyncio.run(_serve(config, prepared, log, threshold, start))
+    finally:
+        if audit is not None:
+            audit.close()
 
 
 def _serve_again(
@@ -306,6 +312,7 @@ async def _serve(
     server.unread, server.loader.problem = unread, problem
     if problem:
         log.error("models not reloaded", reason=problem)
+    log.debug("configuration", **config.model_dump(mode="json"))
     stops = 0
 
     def stop() -> None:

@@ -31,6 +31,8 @@ _MOST_REQUESTS: Final = 512
 """Requests on streams that may be under way, of all peers together. A peer may have no more requests than places are
 free: 256 for a single peer, about 170 each for two. So there is always a place for another peer."""
 _BUSY_RETRY_US: Final = 2000
+_MOST_NAMES: Final = 100
+"""Streams that one line of the log names."""
 _UNREAD_RETRY_US: Final = 100_000
 _QUOTA_RETRY_US: Final = 1_000_000
 
@@ -323,17 +325,22 @@ class ZmqFrontend:
         kept_bytes = header.fields[0] * peer.served.info.state.row_bytes
         peer.usage.kept_bytes += kept_bytes
         ended = partial(self._request_ended, peer, kept_bytes)
-        peer.served.service.tasks.start(self._run(answer, peer, header), ended)
+        named = _audited(header, parts)
+        peer.served.service.tasks.start(self._run(answer, peer, header, named), ended)
         return True
 
-    async def _run(self, answer: Answer, peer: Peer, header: Header) -> None:
+    async def _run(self, answer: Answer, peer: Peer, header: Header, named: list[str] | None) -> None:
         served = peer.served
         try:
             codes, message = await answer()
             served.service.engine.stats.refuse_streams(codes)
             self._outbound.send(peer, message)
-            about = {"request": header.kind.name, "connection": peer.number}
-            self._log.debug("request", **about, streams=header.fields[0])
+            about = {"request": header.kind.name, "connection": peer.number, "principal": peer.principal.name}
+            about |= {"streams": header.fields[0], "refused": int(np.count_nonzero(codes))}
+            if named is None:
+                self._log.debug("request", **about)
+            else:
+                self._log.debug("audited request", **about, names=named)
         except Refusal as refusal:
             self._refuse(peer.routing_id, peer, header.request, refusal)
 
@@ -343,3 +350,15 @@ class ZmqFrontend:
         peer.is_unused = peer.is_gone or not peer.served.service.engine.origins.has_streams(peer)
         peer.requests -= 1
         self._wake()
+
+
+def _audited(header: Header, parts: list[bytes]) -> list[str] | None:
+    """The first names of a request that is audited, empty where it has handles; None where it is not audited."""
+    match header.kind:
+        case Kind.RESET:
+            return []
+        case Kind.REMOVE:
+            return parts[1].decode().split("\n")[:_MOST_NAMES]
+        case Kind.RESUME | Kind.READ_STATE if header.fields[1]:  # take-over, by name
+            return parts[1].decode().split("\n")[:_MOST_NAMES]
+    return None

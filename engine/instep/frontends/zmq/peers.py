@@ -70,7 +70,8 @@ class Peer:
 
     def refuse(self, tag: int, refusal: Refusal) -> None:
         log = self.served.service.log
-        log.debug("refused", connection=self.number, code=refusal.code.name, reason=str(refusal))
+        about = {"connection": self.number, "principal": self.principal.name}
+        log.debug("refused", **about, code=refusal.code.name, reason=str(refusal))
         self.outbound.send(self, encode.error(tag, refusal))
 
     def notify(self, event: StreamEvent) -> None:
