@@ -106,6 +106,9 @@ class InProcessFrontend:
         self._wake = wake
         self._arrived: deque[Frames | Callable[[], Coroutine[Any, Any, None]]] = deque()
 
+    def admit(self, principals: object) -> int:
+        return 0
+
     def connect(self) -> InProcessOrigin:
         """A new origin.
 

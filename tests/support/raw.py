@@ -15,6 +15,7 @@ from instep.core.typing import F32, U64
 from instep_client.protocol import wire
 from instep_client.protocol.codes import PROTOCOL_VERSION
 from instep_client.protocol.wire import Code, Kind
+from tests.support.keys import Curve
 from tests.support.step_messages import apart, parts, step_header
 
 
@@ -75,7 +76,12 @@ class RawClient:
     """One connection."""
 
     def __init__(
-        self, endpoint: str, *, identity: bytes | None = None, options: Mapping[zmq.SocketOption, int] | None = None
+        self,
+        endpoint: str,
+        *,
+        identity: bytes | None = None,
+        options: Mapping[zmq.SocketOption, int] | None = None,
+        curve: Curve | None = None,
     ) -> None:
         self._context = zmq.asyncio.Context()
         self.socket = self._context.socket(zmq.DEALER)
@@ -83,6 +89,8 @@ class RawClient:
         self.socket.setsockopt(zmq.SNDHWM, 0)
         for option, value in (options or {}).items():
             self.socket.setsockopt(option, value)
+        if curve is not None:
+            curve.apply(self.socket)
         if identity is not None:
             self.socket.setsockopt(zmq.IDENTITY, identity)
         self.socket.connect(endpoint)

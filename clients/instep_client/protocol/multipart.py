@@ -50,11 +50,11 @@ def receive_now(socket: zmq.Socket[bytes]) -> list[bytes | memoryview]:
 
 def received_from(
     router: zmq.Socket[bytes], at_most: int, most_parts: int
-) -> Iterator[tuple[bytes, list[bytes], bool]]:
-    """The messages of a ROUTER: the routing id, the frames, copied, and whether these are the whole message.
+) -> Iterator[tuple[bytes, list[bytes], zmq.Frame]]:
+    """The messages of a ROUTER: the routing id, the frames, copied, and the last of these frames.
 
     At most `at_most` messages are read. Of a longer message only the first `most_parts` frames and one more are read;
-    the caller discards the rest with `skip_parts`.
+    the last one then has `more`, and the caller discards the rest with `skip_parts`.
 
     A routing id is never alone, so the socket is not asked whether there is more. (Four frames, the last three of 9, 24
     and 160 bytes: 2.2 µs; with frames for all four 3.2, with `recv_multipart` 4.5.)
@@ -72,7 +72,7 @@ def received_from(
         while frame.more and len(frames) <= most_parts:
             frame = recv(NOW, False)
             frames.append(frame.bytes)
-        yield routing_id, frames, not frame.more
+        yield routing_id, frames, frame
 
 
 def skip_parts(socket: zmq.Socket[bytes], at_most: int) -> bool:

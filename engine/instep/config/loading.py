@@ -16,9 +16,17 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from instep.config.sections import NO_RECORDING, Config, LogConfig
 
 _PREFIX: Final = "INSTEP_"
-_CLIENTS: Final = ("INSTEP_ENDPOINT", "INSTEP_MODEL")
+_CLIENTS: Final = ("INSTEP_ENDPOINT", "INSTEP_MODEL", "INSTEP_KEY_FILE", "INSTEP_SERVER_KEY")
 """Variables with the prefix that are for clients."""
-_PLACES: Final = ("model.folder", "http.token_file", "recording.file", "log.file", "audit.file")
+_PLACES: Final = (
+    "model.folder",
+    "transport.key_file",
+    "transport.peers_file",
+    "http.token_file",
+    "recording.file",
+    "log.file",
+    "audit.file",
+)
 """Keys whose values are paths."""
 KEYS: Final = tuple(f"{name}.{key}" for name, section in Config() for key in type(section).model_fields)
 """Every key as `section.key`, in the order of `configs/default.yaml`."""

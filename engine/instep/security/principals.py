@@ -19,14 +19,14 @@ from instep_client.key_files import BadKeyFile, is_key, read_text
 
 DEFAULT: Final = "default"
 """The entry whose quotas hold for everybody who has none of their own."""
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
-class PeersError(Exception):
-    """`transport.peers_file` cannot be used.
+class KeysError(Exception):
+    """`transport.key_file` or `transport.peers_file` cannot be used.
 
     Attributes:
-        problems: a sentence for each problem; none quotes the file's content.
+        problems: a sentence for each problem; none quotes a file's content.
     """
 
     def __init__(self, problems: Iterable[str]) -> None:
@@ -97,20 +97,20 @@ class Principals:
         """Read `NAME: {key: …, role: …, streams: …, models: …, quotas: {…}}` of each, and `default: {quotas: {…}}`.
 
         Raises:
-            PeersError: with every problem.
+            KeysError: with every problem.
         """
         try:
             entries = UniqueKeyLoader(read_text(path, forbidden=0o022)).get_single_data()
         except BadKeyFile as error:
-            raise PeersError([f"transport.peers_file: {error}"]) from None
+            raise KeysError([f"transport.peers_file: {error}"]) from None
         except yaml.MarkedYAMLError as error:
             line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise PeersError([f"transport.peers_file {path} is not YAML: there is an error{line}"]) from None
+            raise KeysError([f"transport.peers_file {path} is not YAML: there is an error{line}"]) from None
         except Exception:  # also PyYAML's KeyErrors and AttributeErrors, and nesting that is too deep
-            raise PeersError([f"transport.peers_file {path} is not YAML"]) from None
+            raise KeysError([f"transport.peers_file {path} is not YAML"]) from None
         if not isinstance(entries, dict) or not all(isinstance(each, dict) for each in entries.values()):
             sentence = "expected a line NAME: {key: …, role: …} for each peer"
-            raise PeersError([f"transport.peers_file {path}: {sentence}"])
+            raise KeysError([f"transport.peers_file {path}: {sentence}"])
         return cls._parse(path, {str(name): entry for name, entry in entries.items()})
 
     @classmethod
@@ -125,7 +125,7 @@ class Principals:
             shared = Quotas()
             problems += [f"{DEFAULT}.quotas.{line}" for line in _lines(error)]
         for name, entry in entries.items():
-            if not _NAME.fullmatch(name):
+            if not NAME.fullmatch(name):
                 problems.append("a name has 1 to 64 letters, digits, dots, hyphens and underscores")
                 continue
             if "name" in entry:
@@ -142,7 +142,7 @@ class Principals:
             if (other := by_key.setdefault(each.key, each)) is not each:
                 problems.append(f"{other.name} and {each.name} have the same key")
         if problems:
-            raise PeersError(f"transport.peers_file {path}: {problem}" for problem in problems)
+            raise KeysError(f"transport.peers_file {path}: {problem}" for problem in problems)
         return cls(by_key, {each.name: each for each in found})
 
 

@@ -20,6 +20,8 @@ from instep.frontends.zmq.router import Router
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
+from instep.security.keys import ServerKeys
+from instep.security.principals import KeysError
 from instep.server import checks
 from instep.server.live_verification import Supervision
 from instep.server.loop import Loop, Shutdown
@@ -55,7 +57,7 @@ def make_server(
     with ExitStack() as undo:
         try:
             server = _make_server(config, prepared, log, make_stepper, forks, supervision or Supervision(), undo)
-        except (CannotListen, RecordingError) as error:
+        except (CannotListen, KeysError, RecordingError) as error:
             raise CannotServe(with_advice(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
             raise _no_memory(config, error) from None
@@ -85,7 +87,7 @@ def _make_server(
         stepper = make_stepper(each.prepared, config) if make_stepper is not None else None
         foundations.append(foundation := lay_foundation(config, each.prepared, forks=apart, stepper=stepper))
         undo.callback(foundation.executor.stop, 0.0)
-    router = Router(config.transport)
+    router = Router(config.transport, ServerKeys.read(config.transport))
     undo.callback(router.close)
     tokens = read_tokens(config.http)
     listener = bind(config.http, log)
@@ -132,6 +134,8 @@ def _frontend(
         about = {"connection": peer.number, "principal": peer.principal.name}
         log.debug("disconnected", **about, streams=int(service.engine.table.owned[peer.number]))
         service.reaper.detach(peer)
+        if router.authenticator is not None:
+            router.authenticator.dismiss(peer.connection)
 
     outbound = Outbound(
         router,

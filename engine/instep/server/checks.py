@@ -26,6 +26,8 @@ from instep.recording.database import check_file, check_place, lost_tail
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import check_not_written
 from instep.runtime.executor import usable_cores
+from instep.security.keys import ServerKeys
+from instep.security.principals import KeysError
 from instep.server.recording_files import check_several
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class Finding(NamedTuple):
 
 def before_loading(config: Config, *, restart: bool = False) -> Iterator[Finding]:
     """Yield what can be checked before a model is loaded. Nothing is written; `restart` is as in `serve.run`."""
-    for check in (_folders, _recording, _ports, _token, _memory, _disk, _cores, _open_files):
+    for check in (_folders, _recording, _ports, _keys, _token, _memory, _disk, _cores, _open_files):
         yield from check(config)
     if restart and config.transport.endpoint.endswith(":*"):
         sentence = "--restart needs a port"
@@ -127,10 +129,10 @@ def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool
             of_model = log_of(each.model.name, log, is_only=is_only)
             if (versions := find_recording(config, each, of_model, is_only=is_only)) is not None:
                 _look_through(versions.file, config, each, of_model)
-        Router(config.transport).close()
+        Router(config.transport, ServerKeys.read(config.transport)).close()
         if (listener := bind(config.http, log)) is not None:
             listener.close()
-    except (RecordingError, CannotListen) as error:
+    except (CannotListen, KeysError, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None
     admin = {} if listener is None else {"http": _with_port(f"http://{config.http.endpoint}")}
     for each in prepared:
@@ -214,6 +216,14 @@ def _is_in_use(address: str, family: int = socket.AF_UNSPEC) -> bool:
     except OSError as error:  # whatever else is wrong with it, the bind says
         return error.errno == errno.EADDRINUSE
     return False
+
+
+def _keys(config: Config) -> Iterator[Finding]:
+    try:
+        ServerKeys.read(config.transport)
+    except KeysError as error:
+        for problem in error.problems:
+            yield Finding("problem", problem, "")
 
 
 def _token(config: Config) -> Iterator[Finding]:

@@ -22,6 +22,7 @@ from instep.config import Config, ConfigError, ModelConfig
 from instep.core.compiled import are_cached
 from instep.frontends import CannotListen
 from instep.frontends.http.security import read_tokens
+from instep.security.principals import KeysError, Principals
 from instep.server.assembly import make_server
 from instep.server.audit import Audit
 from instep.server.checks import (
@@ -186,7 +187,21 @@ def reload(
         kept.keep(server)
         log.error("not reloaded", reason=server.unread)
     finally:
+        _reload_peers(server, log)
         threshold.level = level
+
+
+def _reload_peers(server: Server, log: structlog.stdlib.BoundLogger) -> None:
+    """Read the file of peers again; a broken one changes nothing."""
+    file = server.config.transport.peers_file
+    if file is None:
+        return
+    try:
+        principals = Principals.read(file)
+        log.info("peers reloaded", peers=len(principals.by_name), connections_ended=server.admit(principals))
+    except KeysError as error:
+        for problem in error.problems:
+            log.error("peers not reloaded", reason=problem)
 
 
 def differences(one: Config, other: Config) -> Iterator[tuple[str, str]]:

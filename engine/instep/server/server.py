@@ -20,6 +20,7 @@ from instep.frontends import Frontend
 from instep.frontends.http.admin import AdminServer
 from instep.frontends.models import Models, Served
 from instep.recording.recorder import Recorder
+from instep.security.principals import Principals
 from instep.server.live_verification import LiveVerification, Supervision
 from instep.server.loop import HeldUp, Loop, Shutdown
 from instep.server.models import Loader, LoadingThread
@@ -279,6 +280,10 @@ class Server:
             service.operations.hibernation.limits = idle_limits(config)
         for served in self.models:
             served.info = replace(served.info, max_idle_s=limits.max_idle_s, park_s=limits.park_s)
+
+    def admit(self, principals: Principals) -> int:
+        """Let in who these are from now on; return the number of connections of others, which end."""
+        return sum(frontend.admit(principals) for frontend in self._frontends)
 
     def stop(self, *, drain: bool = True) -> None:
         """Take nothing more, finish what was taken (unless `drain` is False), then end `serve`."""

@@ -17,8 +17,9 @@ from instep.frontends.zmq.decode import Decoder, hello
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.requests import HANDLERS, Answer, Handler, Requests
 from instep.frontends.zmq.router import Router
+from instep.security.authenticator import Connection
 from instep.security.policy import Verb, allowed, allowed_to_see
-from instep.security.principals import LOCAL, Principal
+from instep.security.principals import LOCAL, Principal, Principals
 from instep.security.quotas import Usage, Usages
 from instep.streaming.api import Refusal
 from instep_client.protocol import wire
@@ -59,6 +60,9 @@ class ZmqFrontend:
         self._usages = usages or Usages()
         self._models = models
         self._router = router
+        self._authenticator = router.authenticator
+        if self._authenticator is not None:
+            self._usages.reloaded(self._authenticator.principals.by_name.values())
         self._outbound = outbound
         self._requests_of: dict[Served, Requests] = {}
         self._max_connections = max_connections
@@ -77,10 +81,7 @@ class ZmqFrontend:
         self._requests_of[served] = Requests(served, decoder, self._check_streams)
 
     def removed(self, served: Served, reason: str) -> None:
-        self._outbound.say_last(encode.goodbye(reason), served)
-        for peer in self._outbound.peers():
-            if peer.served is served:
-                self._outbound.drop(peer)
+        self._end([peer for peer in self._outbound.peers() if peer.served is served], reason)
         del self._requests_of[served]
 
     def moved(self, former: Served, served: Served) -> None:
@@ -95,6 +96,38 @@ class ZmqFrontend:
                 self._outbound.send(peer, encode.welcome(0, served.info))
                 self._outbound.send(peer, encode.moved(own, next_seqs, served.info.fingerprint))
         del self._requests_of[former]
+
+    # ── Principals ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def admit(self, principals: Principals) -> int:
+        if self._authenticator is None:
+            return 0
+        self._authenticator.principals = principals
+        self._usages.reloaded(principals.by_name.values())
+        ended = []
+        for peer in self._outbound.peers():
+            renewed = principals.by_key.get(peer.principal.key)
+            if renewed is not None and renewed.has_rights_of(peer.principal):
+                peer.principal = renewed
+            else:
+                ended.append(peer)
+        self._end(ended, "the rights of this client's key were withdrawn or changed")
+        return len(ended)
+
+    def _end(self, peers: list[Peer], reason: str) -> None:
+        self._outbound.say_last(encode.goodbye(reason), peers)
+        for peer in peers:
+            self._outbound.drop(peer)
+
+    def _identify(self) -> tuple[Principal, Connection]:
+        """Who has sent the newest message, which is a HELLO."""
+        if self._authenticator is None:
+            return LOCAL, (-1, 0)
+        key, descriptor = self._router.sender()
+        principal = self._authenticator.principals.by_key.get(key)
+        if principal is None:
+            raise Refusal(Code.NOT_ALLOWED, sentence="the server does not know this key any more")
+        return principal, self._authenticator.welcome(descriptor)
 
     # ── As the loop sees it ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -126,6 +159,11 @@ class ZmqFrontend:
 
     def tick(self, now_ns: int) -> None:
         self._outbound.tick(now_ns, self._probe_after_ns)
+        if self._authenticator is not None:
+            if not self._authenticator.is_alive:
+                raise RuntimeError("the authenticator has ended, so nobody could connect")
+            if failures := self._authenticator.failures():
+                self._log.warning("handshakes failed", **failures)
 
     def drain(self, *, asks: bool) -> bool:
         if asks:
@@ -133,7 +171,7 @@ class ZmqFrontend:
         return self._outbound.is_empty and not self._requests and self._outbound.is_read
 
     def say_goodbye(self, reason: str) -> None:
-        self._outbound.say_last(encode.goodbye(reason))
+        self._outbound.say_last(encode.goodbye(reason), self._outbound.peers())
 
     def close(self) -> None:
         self._router.close()
@@ -195,11 +233,11 @@ class ZmqFrontend:
         if header.kind is not Kind.HELLO:
             raise Refusal(Code.HELLO_FIRST)
         name, model = hello(header, routing_id)
-        principal = LOCAL
+        principal, connection = self._identify()
         served = self._models.find(model, self._may_use(principal))
         served.refuse_what_is_new()
         usage = self._usages.of(principal)
-        peer = Peer(self._outbound, routing_id, served, now_ns, principal, usage)
+        peer = Peer(self._outbound, routing_id, served, now_ns, principal, connection, usage)
         if not usage.may_connect():
             usage.refused_total += 1
             sentence = f"{principal.name} has {usage.connections} connections, as many as its quota allows"

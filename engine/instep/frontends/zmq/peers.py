@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
@@ -14,6 +14,7 @@ from typing import Final
 from instep.frontends.models import Served
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.router import Sender, Sent
+from instep.security.authenticator import Connection
 from instep.security.principals import LOCAL, Principal
 from instep.security.quotas import Usage
 from instep.streaming.api import Refusal, Reply, StreamEvent
@@ -40,6 +41,8 @@ class Peer:
     last_heard_ns: int
     principal: Principal = LOCAL
     """Who it is, from HELLO to the end of the connection; the routing id is no identity."""
+    connection: Connection = (-1, 0)
+    """For the authenticator."""
     usage: Usage = field(default_factory=partial(Usage, LOCAL))
     """That of the principal, on all of its connections."""
     number: int = -1
@@ -273,14 +276,9 @@ class Outbound:
             peer.blocked_since_ns = now_ns
         self._blocked.pop(peer, None)
 
-    def say_last(self, message: Message, served: Served | None = None) -> None:
-        """Hand everything that waits, and this message behind it, to ZeroMQ: nothing follows, so no bound holds.
-
-        To the connections of one model, or of all of them.
-        """
-        for peer in self.peers():
-            if served is not None and peer.served is not served:
-                continue
+    def say_last(self, message: Message, peers: Iterable[Peer]) -> None:
+        """Hand everything that waits, and this message behind it, to ZeroMQ: nothing follows, so no bound holds."""
+        for peer in peers:
             last = [*(kept for kept, _ in peer.outbox), message]
             peer.outbox.clear()
             for each in last:
