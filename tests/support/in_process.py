@@ -173,6 +173,9 @@ class InProcessFrontend:
     def moved(self, former: Served, served: Served) -> None:
         pass
 
+    def used(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
     def drain(self, *, asks: bool) -> bool:
         return not self._arrived
 

@@ -54,6 +54,9 @@ class Frontend(Protocol):
     def admit(self, principals: Principals) -> int:
         """Let in who these are, and end the connections of all others; return the number of those."""
 
+    def used(self) -> dict[str, tuple[int, ...]]:
+        """What principals with keys use, by name: the fields of `wire.PRINCIPAL`."""
+
     def drain(self, *, asks: bool) -> bool:
         """Whether everything that was delivered has been read, as far as known; with `asks`, ask the producers."""
 

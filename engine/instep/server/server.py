@@ -235,6 +235,10 @@ class Server:
         """The models, the one for connections that name none first."""
         return [served.service for served in self.models]
 
+    def used(self) -> dict[str, tuple[int, ...]]:
+        """What principals use, by name; see `Frontend.used`."""
+        return {name: used for frontend in self._frontends for name, used in frontend.used().items()}
+
     @property
     def default(self) -> ModelService:
         """The model of connections that name none."""

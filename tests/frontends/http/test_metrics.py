@@ -24,7 +24,7 @@ from tests.support.streaming import random_frames
 
 def scraped(server: Server) -> dict[str, Family]:
     """The families by name."""
-    text = b"".join(exposition(server.services)).decode()
+    text = b"".join(exposition(server.services, server.used())).decode()
     assert "secret-stream" not in text
     return {family.name: family for family in text_string_to_metric_families(text)}
 
@@ -107,7 +107,7 @@ async def test_every_metric_has_its_type_and_unit_and_what_does_not_exist_has_no
     for name, family in families.items():
         if name.startswith("instep_"):
             assert family.type == types.pop(name)
-    of_others = ("recording_bytes", "recording_free", "recovery", "checkpoint", "replay", "verif")
+    of_others = ("recording_bytes", "recording_free", "recovery", "checkpoint", "replay", "verif", "principal")
     assert all(name.removeprefix("instep_").startswith(of_others) for name in types), types
     for metric in METRICS:
         assert metric.help.endswith(".")

@@ -99,7 +99,7 @@ class AdminServer:
         app = make_app(subject, status, inspector, self._events, log)
         # What is slow the first time only, before anybody waits for the loop.
         anyio.get_cancelled_exc_class()
-        list(exposition(subject.services))
+        list(exposition(subject.services, {}))
         self._listener = listener
         self.guard = Guard(app, tokens, is_loopback_host(host))
         self._server = make_server(self.guard)

@@ -275,7 +275,7 @@ class ZmqFrontend:
                 page = served.service.listing.page(cursor, most, place, accepts, now_ns)
                 self._outbound.send(peer, encode.listed(header.request, page))
             case Kind.STATS:
-                used = self.used(partial(allowed_to_see, peer.principal))
+                used = {name: each for name, each in self.used().items() if allowed_to_see(peer.principal, name)}
                 self._outbound.send(peer, encode.statistics(header.request, served.service.numbers(), used))
             case Kind.MODELS:
                 may_use = self._may_use(peer.principal)
@@ -289,8 +289,7 @@ class ZmqFrontend:
     def _may_use(self, principal: Principal) -> Callable[[str], bool]:
         return partial(allowed, principal, Verb.HELLO)
 
-    def used(self, may_see: Callable[[str], bool] = lambda name: True) -> dict[str, tuple[int, ...]]:
-        """What principals use, by name: the fields of `wire.PRINCIPAL`."""
+    def used(self) -> dict[str, tuple[int, ...]]:
         return {
             usage.principal.name: (
                 usage.frames_total,
@@ -300,7 +299,6 @@ class ZmqFrontend:
                 self._streams_of(usage),
             )
             for usage in self._usages
-            if may_see(usage.principal.name)
         }
 
     def _streams_of(self, usage: Usage) -> int:
