@@ -69,6 +69,7 @@ class HandRouter:
 
     signal_fd = -1
     authenticator = None
+    address = ""
 
     def __init__(self, network: Network) -> None:
         self.arrived: deque[tuple[Connection, list[bytes]]] = deque()

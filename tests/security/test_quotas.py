@@ -57,3 +57,9 @@ def test_a_reload_changes_the_quotas_of_those_who_are_connected() -> None:
     assert connected.principal.quotas.connections == 1
     assert usages.of(LOCAL) is not connected
     assert [each.principal.name for each in usages] == ["local"]
+    connected.connections = 1
+    usages.reloaded([])
+    assert usages.of(before) is connected
+    connected.connections = 0
+    usages.reloaded([])
+    assert list(usages) == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -74,7 +74,9 @@ class Usages:
             self._usages[principal.name] = Usage(principal, next(self._numbers))
         return self._usages[principal.name]
 
-    def reloaded(self, principals: Iterable[Principal]) -> None:
-        """Hold everybody to these quotas from now on."""
+    def reloaded(self, principals: Collection[Principal]) -> None:
+        """Hold everybody to these quotas from now on, and forget whoever is not among them and has no connection."""
         for principal in principals:
             self.of(principal).principal = principal
+        names = {principal.name for principal in principals}
+        self._usages = {name: each for name, each in self._usages.items() if name in names or each.connections}

@@ -24,7 +24,7 @@ _AUDITED: Final = frozenset(
     {
         *("configuration", "ready", "stopping", "stopped"),
         *("connected", "disconnected", "refused", "audited request"),
-        *("reloaded", "not reloaded", "peers reloaded", "reload kept"),
+        *("reloaded", "not reloaded", "peers reloaded", "peers not reloaded", "reload kept"),
         *("loaded", "swapped", "unloaded", "models reloaded", "models not reloaded"),
     }
 )

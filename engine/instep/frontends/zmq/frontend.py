@@ -247,8 +247,9 @@ class ZmqFrontend:
             sentence = f"the server has {count} connections, as many as limits.max_connections allows; try again later"
             raise Refusal(Code.BUSY, retry_after_us=1_000_000, sentence=sentence)
         self._outbound.add(peer)
+        about = {"principal": principal.name, "address": self._router.address, "model": served.service.name}
         served.service.engine.table.principal_of[peer.number] = usage.number
-        self._log.debug("connected", connection=peer.number, name=name, principal=principal.name)
+        self._log.debug("connected", connection=peer.number, name=name, **about)
         self._outbound.send(peer, encode.welcome(header.request, served.info))
 
     def _reply_at_once(self, peer: Peer, header: Header, parts: list[bytes], now_ns: int) -> None:
@@ -346,7 +347,8 @@ class ZmqFrontend:
         if peer is not None:
             peer.refuse(request, refusal)
         else:
-            served.service.log.debug("refused", code=refusal.code.name, reason=str(refusal))
+            about = {"address": self._router.address, "code": refusal.code.name}
+            served.service.log.debug("refused", **about, reason=str(refusal))
             self._outbound.send_unknown(routing_id, encode.error(request, refusal))
 
     # ── Requests on streams ────────────────────────────────────────────────────────────────────────────────────────

@@ -128,6 +128,11 @@ class Router:
         assert self._newest is not None
         return str(self._newest.get("User-Id")), int(self._newest.get(zmq.SRCFD))
 
+    @property
+    def address(self) -> str:
+        """The address from which the newest message came."""
+        return "" if self._newest is None else str(self._newest.get("Peer-Address"))
+
     def _skip_rest(self) -> bool:
         """Discard a portion of an overlong message; return whether all of it is gone."""
         self._is_skipping = not multipart.skip_parts(self._socket, _SKIP_AT_ONCE)
