@@ -23,6 +23,8 @@ from instep.security.principals import Principals
 MAX_STRANGERS: Final = 2048
 """Each takes up to 14 KiB in ZeroMQ. Beyond it the oldest is disconnected, or the newest while all are younger than
 `_GRACE_S`: after a restart, all clients of a server are strangers for a moment."""
+MAX_FILES: Final = MAX_STRANGERS + 1000
+"""ZeroMQ accepts so many connections before it waits until the authenticator has heard of them."""
 _GRACE_S: Final = 5.0
 _LOOK_MS: Final = 100
 _GOODBYE_S: Final = 0.5

@@ -147,7 +147,7 @@ def _frontend(
         detach,
     )
     probe_after_ns = round(config.transport.heartbeat_s * 1e9)
-    return ZmqFrontend(models, router, outbound, config.limits.max_connections, probe_after_ns, loop.wake, log)
+    return ZmqFrontend(models, router, outbound, checks.max_connections(config), probe_after_ns, loop.wake, log)
 
 
 def _no_memory(config: Config, error: Exception) -> CannotServe:

@@ -26,6 +26,7 @@ from instep.recording.database import check_file, check_place, lost_tail
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import check_not_written
 from instep.runtime.executor import usable_cores
+from instep.security.authenticator import MAX_FILES
 from instep.security.keys import ServerKeys
 from instep.security.principals import KeysError
 from instep.server.recording_files import check_several
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 MAX_BUFFERED_BYTES: Final = 256 * 1024 * 1024
 """Of replies that may wait for all connections together."""
-FILES_BESIDE_CONNECTIONS: Final = 100
+_FILES_BESIDE_CONNECTIONS: Final = 100
 """A server opens one file for each connection, and at most about this many others."""
 _NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.s3fs")
 
@@ -145,6 +146,19 @@ def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool
             exactness=each.exactness,
             max_streams=config.engine.max_streams,
         )
+
+
+def files_kept_back(config: Config) -> int:
+    """Descriptors that connections with HELLO may not take: for files, HTTP, and connections without HELLO."""
+    return _FILES_BESIDE_CONNECTIONS + (MAX_FILES if config.transport.key_file is not None else 0)
+
+
+def max_connections(config: Config) -> int:
+    """Connections that may say HELLO: fewer than configured where the hard limit of open files is low."""
+    hard = _file_limits()[1]
+    if hard == resource.RLIM_INFINITY:
+        return config.limits.max_connections
+    return min(config.limits.max_connections, max(hard // 2, hard - files_kept_back(config)))
 
 
 def allow_open_files(wanted: int) -> int:
@@ -286,7 +300,7 @@ def _cores(config: Config) -> Iterator[Finding]:
 
 
 def _open_files(config: Config) -> Iterator[Finding]:
-    hard, needed = _file_limits()[1], config.limits.max_connections + FILES_BESIDE_CONNECTIONS
+    hard, needed = _file_limits()[1], config.limits.max_connections + files_kept_back(config)
     if hard != resource.RLIM_INFINITY and hard < needed:
         what = (
             f"{hard:,} files may be open, and limits.max_connections of {config.limits.max_connections:,} needs "

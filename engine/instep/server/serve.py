@@ -26,9 +26,9 @@ from instep.security.principals import KeysError, Principals
 from instep.server.assembly import make_server
 from instep.server.audit import Audit
 from instep.server.checks import (
-    FILES_BESIDE_CONNECTIONS,
     allow_open_files,
     before_loading,
+    files_kept_back,
     settle,
     with_all_streams,
 )
@@ -322,7 +322,7 @@ async def _serve(
     unread: str = "",
     problem: str = "",
 ) -> int:
-    allow_open_files(config.limits.max_connections + FILES_BESIDE_CONNECTIONS)
+    allow_open_files(config.limits.max_connections + files_kept_back(config))
     server = make_server(config, prepared, log)
     server.unread, server.loader.problem = unread, problem
     if problem:

@@ -244,7 +244,8 @@ class ZmqFrontend:
             raise Refusal(Code.BUSY, retry_after_us=_QUOTA_RETRY_US, sentence=sentence)
         count = len(self._outbound)
         if count >= self._max_connections or not served.service.engine.origins.connect(peer):
-            sentence = f"the server has {count} connections, as many as limits.max_connections allows; try again later"
+            why = "limits.max_connections, or the limit of open files, allows"
+            sentence = f"the server has {count} connections, as many as {why}; try again later"
             raise Refusal(Code.BUSY, retry_after_us=1_000_000, sentence=sentence)
         self._outbound.add(peer)
         about = {"principal": principal.name, "address": self._router.address, "model": served.service.name}
