@@ -54,9 +54,11 @@ def reread(server: Server) -> list[dict[str, Any]]:
     return told
 
 
-async def test_a_known_key_is_served_under_its_name(ring: KeyRing, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:*", "ipc://{folder}/socket"])
+async def test_a_known_key_is_served_under_its_name(ring: KeyRing, rng: np.random.Generator, endpoint: str) -> None:
     x = random_frames(rng, 3)
-    async with running(SMALL, transport=ring.transport) as server:
+    transport = {**ring.transport, "endpoint": endpoint.format(folder=ring.folder)}
+    async with running(SMALL, transport=transport) as server:
         async with RawClient(server.endpoint, curve=ring.curve("mic")) as client:
             await client.hello()
             handles = (await client.open("mic-1")).handles()
@@ -120,10 +122,13 @@ async def test_strangers_beyond_the_bound_are_disconnected_and_clients_are_serve
                 stranger.close()
 
 
-async def test_a_connection_that_says_no_hello_is_ended(ring: KeyRing) -> None:
-    async with running(SMALL, transport={**ring.transport, "handshake_timeout_s": 0.3}) as server:
+@pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:*", "ipc://{folder}/socket"])
+async def test_a_connection_without_an_accepted_hello_is_ended(ring: KeyRing, endpoint: str) -> None:
+    transport = {"endpoint": endpoint.format(folder=ring.folder), "handshake_timeout_s": 0.3}
+    async with running(SMALL, transport={**ring.transport, **transport}) as server:
         async with RawClient(server.endpoint, curve=ring.curve("other")) as client:
             events = client.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            assert (await client.ask(*client.hello_message(version=1))).code is Code.WRONG_VERSION
             async with RawClient(server.endpoint, curve=ring.curve("mic")) as welcome:
                 await welcome.hello()
                 assert await events.poll(10_000)

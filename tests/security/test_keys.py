@@ -158,3 +158,13 @@ def test_quotas_of_all_hold_where_there_are_no_own_ones(tmp_path: Path) -> None:
     }
     assert (found["mic"].streams, found["mic"].models) == (("mic-*",), frozenset({"ears"}))
     assert (found["other"].streams, found["other"].models) == (("*",), None)
+
+
+@pytest.mark.parametrize("words", [["--check"], []])
+def test_a_server_does_not_start_with_keys_that_it_cannot_use(tmp_path: Path, words: list[str]) -> None:
+    ring = KeyRing(tmp_path, mic={"role": "king"})
+    (tmp_path / "server.key_secret").chmod(0o644)
+    settings = [word for key, file in ring.transport.items() for word in ("--set", f"transport.{key}={file}")]
+    ended = CliRunner().invoke(app, ["serve", "--demo", *settings, *words])
+    assert ended.exit_code == 2
+    assert all(named in ended.stderr for named in ("server.key_secret", "mic.role"))

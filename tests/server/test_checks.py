@@ -199,3 +199,22 @@ def test_the_soft_limit_of_open_files_is_raised_as_far_as_needed_and_allowed(
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: kept.append(limits))
     assert checks.allow_open_files(wanted) == allowed
     assert kept[-1] == (max(soft, allowed), hard)
+
+
+@pytest.mark.parametrize(
+    ("hard", "with_keys", "most"),
+    [
+        (resource.RLIM_INFINITY, True, 9000),
+        (20_000, True, 9000),
+        (10_000, False, 9000),
+        (10_000, True, 10_000 - 100 - 3048),
+        (4096, True, 2048),
+        (9000, False, 8900),
+    ],
+)
+def test_descriptors_are_kept_back_from_connections(
+    monkeypatch: pytest.MonkeyPatch, hard: int, with_keys: bool, most: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, hard))
+    files = {"key_file": "a", "peers_file": "b"} if with_keys else {}
+    assert checks.max_connections(config(limits={"max_connections": 9000}, transport=files)) == most

@@ -23,7 +23,7 @@ _CLOSE_S: Final = 1.0
 _AUDITED: Final = frozenset(
     {
         *("configuration", "ready", "stopping", "stopped"),
-        *("connected", "disconnected", "refused", "audited request"),
+        *("connected", "disconnected", "refused", "handshakes failed", "audited request"),
         *("reloaded", "not reloaded", "peers reloaded", "peers not reloaded", "reload kept"),
         *("loaded", "swapped", "unloaded", "models reloaded", "models not reloaded"),
     }

@@ -17,7 +17,6 @@ from instep.frontends.zmq.decode import Decoder, hello
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.requests import HANDLERS, Answer, Handler, Requests
 from instep.frontends.zmq.router import Router
-from instep.security.authenticator import Connection
 from instep.security.policy import Verb, allowed, allowed_to_see
 from instep.security.principals import LOCAL, Principal, Principals
 from instep.security.quotas import Usage, Usages
@@ -119,15 +118,9 @@ class ZmqFrontend:
         for peer in peers:
             self._outbound.drop(peer)
 
-    def _identify(self) -> tuple[Principal, Connection]:
-        """Who has sent the newest message, which is a HELLO."""
-        if self._authenticator is None:
-            return LOCAL, (-1, 0)
-        key, descriptor = self._router.sender()
-        principal = self._authenticator.principals.by_key.get(key)
-        if principal is None:
-            raise Refusal(Code.NOT_ALLOWED, sentence="the server does not know this key any more")
-        return principal, self._authenticator.welcome(descriptor)
+    def _sender(self) -> Principal | None:
+        """Who has sent the newest message; None if its key was withdrawn meanwhile."""
+        return LOCAL if self._authenticator is None else self._authenticator.principals.by_key.get(self._router.key)
 
     # ── As the loop sees it ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -233,11 +226,12 @@ class ZmqFrontend:
         if header.kind is not Kind.HELLO:
             raise Refusal(Code.HELLO_FIRST)
         name, model = hello(header, routing_id)
-        principal, connection = self._identify()
+        if (principal := self._sender()) is None:
+            raise Refusal(Code.NOT_ALLOWED, sentence="the server does not know this key any more")
         served = self._models.find(model, self._may_use(principal))
         served.refuse_what_is_new()
         usage = self._usages.of(principal)
-        peer = Peer(self._outbound, routing_id, served, now_ns, principal, connection, usage)
+        peer = Peer(self._outbound, routing_id, served, now_ns, principal, usage)
         if not usage.may_connect():
             usage.refused_total += 1
             sentence = f"{principal.name} has {usage.connections} connections, as many as its quota allows"
@@ -248,6 +242,8 @@ class ZmqFrontend:
             sentence = f"the server has {count} connections, as many as {why}; try again later"
             raise Refusal(Code.BUSY, retry_after_us=1_000_000, sentence=sentence)
         self._outbound.add(peer)
+        if self._authenticator is not None:
+            peer.connection = self._authenticator.welcome(self._router.descriptor)
         about = {"principal": principal.name, "address": self._router.address, "model": served.service.name}
         served.service.engine.table.principal_of[peer.number] = usage.number
         self._log.debug("connected", connection=peer.number, name=name, **about)
@@ -348,7 +344,8 @@ class ZmqFrontend:
         if peer is not None:
             peer.refuse(request, refusal)
         else:
-            about = {"address": self._router.address, "code": refusal.code.name}
+            sender = self._sender()
+            about = {"principal": sender and sender.name, "address": self._router.address, "code": refusal.code.name}
             served.service.log.debug("refused", **about, reason=str(refusal))
             self._outbound.send_unknown(routing_id, encode.error(request, refusal))
 

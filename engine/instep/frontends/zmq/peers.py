@@ -41,10 +41,10 @@ class Peer:
     last_heard_ns: int
     principal: Principal = LOCAL
     """Who it is, from HELLO to the end of the connection; the routing id is no identity."""
-    connection: Connection = (-1, 0)
-    """For the authenticator."""
     usage: Usage = field(default_factory=partial(Usage, LOCAL))
     """That of the principal, on all of its connections."""
+    connection: Connection = (-1, 0)
+    """For the authenticator."""
     number: int = -1
     arrival: int = 0
     outbox: deque[tuple[Message, int]] = field(default_factory=deque)

@@ -123,10 +123,15 @@ class Router:
             if self._is_skipping and not self._skip_rest():
                 return
 
-    def sender(self) -> tuple[str, int]:
-        """The key, and the descriptor, of the connection from which the newest message came; only with keys."""
-        assert self._newest is not None
-        return str(self._newest.get("User-Id")), int(self._newest.get(zmq.SRCFD))
+    @property
+    def key(self) -> str:
+        """The public key of the client from which the newest message came; only with keys."""
+        return "" if self._newest is None else str(self._newest.get("User-Id"))
+
+    @property
+    def descriptor(self) -> int:
+        """The descriptor of the connection from which the newest message came."""
+        return -1 if self._newest is None else int(self._newest.get(zmq.SRCFD))
 
     @property
     def address(self) -> str:
