@@ -22,7 +22,7 @@ from instep.server.log import make_log
 from instep.server.preparation import CannotServe
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
-from tests.support.running import running
+from tests.support.running import config, running
 from tests.support.streaming import random_frames
 
 
