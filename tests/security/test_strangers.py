@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from instep.models.folder import write_model
-from instep.security.authenticator import MAX_STRANGERS
+from instep.security.authenticator import MAX_FILES, MAX_STRANGERS
 from tests.support.keys import KeyRing
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
@@ -87,5 +87,5 @@ async def test_very_many_connections_cost_a_bounded_memory_and_nobody_s_frames(
                 task.cancel()
             await asyncio.gather(*strangers, return_exceptions=True)
         assert most_bytes - before < MOST_BYTES
-        assert most_files < MAX_STRANGERS + 1500  # ZeroMQ accepts up to 1,000 before the authenticator hears of them
+        assert most_files < MAX_FILES + 100
     np.testing.assert_array_equal(np.stack(outputs), whole(SMALL, x[: len(outputs), 0])[0])

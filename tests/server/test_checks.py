@@ -207,7 +207,7 @@ def test_the_soft_limit_of_open_files_is_raised_as_far_as_needed_and_allowed(
         (resource.RLIM_INFINITY, True, 9000),
         (20_000, True, 9000),
         (10_000, False, 9000),
-        (10_000, True, 10_000 - 100 - 3048),
+        (10_000, True, 10_000 - 100 - 4048),
         (4096, True, 2048),
         (9000, False, 8900),
     ],

@@ -23,8 +23,9 @@ from instep.security.principals import Principals
 MAX_STRANGERS: Final = 2048
 """Each takes up to 14 KiB in ZeroMQ. Beyond it the oldest is disconnected, or the newest while all are younger than
 `_GRACE_S`: after a restart, all clients of a server are strangers for a moment."""
-MAX_FILES: Final = MAX_STRANGERS + 1000
-"""ZeroMQ accepts so many connections before it waits until the authenticator has heard of them."""
+_MAX_EVENTS: Final = 2000
+"""Events that ZeroMQ keeps until they are read; then it accepts nothing more."""
+MAX_FILES: Final = MAX_STRANGERS + _MAX_EVENTS
 _GRACE_S: Final = 5.0
 _LOOK_MS: Final = 100
 _GOODBYE_S: Final = 0.5
@@ -120,11 +121,14 @@ class Authenticator:
         with contextlib.suppress(zmq.ContextTerminated), self._questions, self._monitor:
             while True:
                 poller.poll(_LOOK_MS)
-                # Events first: a connection has to be known here before it can say HELLO.
-                while self._monitor.poll(0):
+                question = self._questions.recv_multipart() if self._questions.poll(0) else None
+                # All events before the question: a connection has to be known here before it can say HELLO.
+                for _ in range(_MAX_EVENTS):
+                    if not self._monitor.poll(0):
+                        break
                     self._note(parse_monitor_message(self._monitor.recv_multipart()))
-                if self._questions.poll(0):
-                    self._questions.send_multipart(self._answer(self._questions.recv_multipart()))
+                if question is not None:
+                    self._questions.send_multipart(self._answer(question))
                 self._disconnect_late()
 
     def _answer(self, question: list[bytes]) -> list[bytes]:

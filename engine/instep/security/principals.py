@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from instep.config.loading import UniqueKeyLoader
@@ -32,6 +32,10 @@ class KeysError(Exception):
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(self.problems))
+
+
+def _several(value: object) -> object:
+    return [value] if isinstance(value, str) else value
 
 
 class Role(StrEnum):
@@ -59,6 +63,10 @@ def _checked_key(key: str) -> str:
     return key
 
 
+class _Default(Section):
+    quotas: Quotas = Quotas()
+
+
 class Principal(Section):
     """One who connects: a name, from HELLO to the end of a connection."""
 
@@ -66,9 +74,7 @@ class Principal(Section):
     key: Annotated[str, AfterValidator(_checked_key)]
     """The public key, in Z85."""
     role: Role
-    streams: Annotated[tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = (
-        "*",
-    )
+    streams: Annotated[tuple[str, ...], BeforeValidator(_several)] = ("*",)
     """Patterns of the names of streams, as `fnmatch` reads them."""
     models: frozenset[str] | None = None
     """The models that it may use; None for all."""
@@ -103,51 +109,46 @@ class Principals:
             entries = UniqueKeyLoader(read_text(path, forbidden=0o022)).get_single_data()
         except BadKeyFile as error:
             raise KeysError([f"transport.peers_file: {error}"]) from None
-        except yaml.MarkedYAMLError as error:
-            line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-            raise KeysError([f"transport.peers_file {path} is not YAML: there is an error{line}"]) from None
-        except Exception:  # also PyYAML's KeyErrors and AttributeErrors, and nesting that is too deep
-            raise KeysError([f"transport.peers_file {path} is not YAML"]) from None
+        except Exception as error:  # also PyYAML's KeyErrors and AttributeErrors, and nesting that is too deep
+            mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+            line = f": there is an error in line {mark.line + 1}" if mark else ""
+            raise KeysError([f"transport.peers_file {path} is not YAML{line}"]) from None
         if not isinstance(entries, dict) or not all(isinstance(each, dict) for each in entries.values()):
             sentence = "expected a line NAME: {key: …, role: …} for each peer"
             raise KeysError([f"transport.peers_file {path}: {sentence}"])
-        return cls._parse(path, {str(name): entry for name, entry in entries.items()})
-
-    @classmethod
-    def _parse(cls, path: Path, entries: dict[str, dict[str, Any]]) -> Principals:
-        problems, found = [], []
-        default = entries.pop(DEFAULT, {})
-        try:
-            shared = Quotas.model_validate(default.get("quotas", {}))
-            if default.keys() - {"quotas"}:
-                problems.append(f"{DEFAULT}: it has quotas only, and is nobody's name")
-        except ValidationError as error:
-            shared = Quotas()
-            problems += [f"{DEFAULT}.quotas.{line}" for line in _lines(error)]
-        for name, entry in entries.items():
-            if not NAME.fullmatch(name):
-                problems.append("a name has 1 to 64 letters, digits, dots, hyphens and underscores")
-                continue
-            if "name" in entry:
-                problems.append(f"{name}.name: there is no such key")
-            try:
-                own = Principal.model_validate({**entry, "name": name})
-            except ValidationError as error:
-                problems += [f"{name}.{line}" for line in _lines(error)]
-                continue
-            quotas = {**shared.model_dump(), **own.quotas.model_dump(exclude_unset=True)}
-            found.append(own.model_copy(update={"quotas": Quotas(**quotas)}))
-        by_key: dict[str, Principal] = {}
-        for each in found:
-            if (other := by_key.setdefault(each.key, each)) is not each:
-                problems.append(f"{other.name} and {each.name} have the same key")
+        problems: list[str] = []
+        found = _parse({str(name): entry for name, entry in entries.items()}, problems)
+        by_key = {each.key: each for each in found}
+        others = [(each.name, by_key[each.key].name) for each in found if by_key[each.key] is not each]
+        problems += [f"{one} and {other} have the same key" for one, other in others]
         if problems:
             raise KeysError(f"transport.peers_file {path}: {problem}" for problem in problems)
         return cls(by_key, {each.name: each for each in found})
 
 
-def _lines(error: ValidationError) -> Iterator[str]:
-    return map(_line, error.errors(include_url=False, include_input=False))
+class _PeersFile(Section):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Principal]
+    default: _Default
+
+
+def _parse(entries: dict[str, dict[str, Any]], problems: list[str]) -> list[Principal]:
+    shared = entries.pop(DEFAULT, {})
+    if not all(map(NAME.fullmatch, entries)):
+        problems.append("a name has 1 to 64 letters, digits, dots, hyphens and underscores")
+        return []
+    problems += [f"{name}.name: there is no such key" for name, entry in entries.items() if "name" in entry]
+    named = {name: {**entry, "name": name} for name, entry in entries.items()}
+    try:
+        file = _PeersFile.model_validate({DEFAULT: shared, **named})
+    except ValidationError as error:
+        problems += map(_line, error.errors(include_url=False, include_input=False))
+        return []
+    quotas, extra = file.default.quotas.model_dump(), file.__pydantic_extra__
+    return [
+        each.model_copy(update={"quotas": Quotas(**quotas | each.quotas.model_dump(exclude_unset=True))})
+        for each in extra.values()
+    ]
 
 
 def _line(found: ErrorDetails) -> str:
