@@ -94,15 +94,8 @@ class _WatchedOperations(StreamOperations):
     watcher: Watcher
     hibernation: Hibernation
 
-    async def open(
-        self,
-        origin: Origin,
-        names: Names,
-        states: U8 | None,
-        first_seqs: I64 | None,
-        check_quota: Callable[[int], None] = lambda count: None,
-    ) -> Grants:
-        grants = await super().open(origin, names, states, first_seqs, check_quota)
+    async def open(self, origin: Origin, names: Names, states: U8 | None, first_seqs: I64 | None) -> Grants:
+        grants = await super().open(origin, names, states, first_seqs)
         self.watcher.has_moved()  # before the answer finds the connection gone
         return grants
 
@@ -121,17 +114,10 @@ class _WatchedOperations(StreamOperations):
         self.watcher.reads(origin, handles)
         return await super().read_own_states(origin, handles)
 
-    async def fork(
-        self,
-        origin: Origin,
-        handles: U64,
-        names: Names,
-        codes: I32,
-        check_quota: Callable[[int], None] = lambda count: None,
-    ) -> Grants:
+    async def fork(self, origin: Origin, handles: U64, names: Names, codes: I32) -> Grants:
         handles, _ = await self.awake(origin, handles)
         self.watcher.reads(origin, handles, names)
-        return await super().fork(origin, handles, names, codes, check_quota)
+        return await super().fork(origin, handles, names, codes)
 
 
 @dataclass(frozen=True)

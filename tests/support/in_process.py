@@ -93,6 +93,9 @@ class InProcessOrigin:
     def notify(self, event: StreamEvent) -> None:
         self.events.append(event)
 
+    def check_quota(self, streams: int) -> None:
+        """See `Origin`."""
+
 
 class InProcessFrontend:
     """Takes what origins in this process send to one model, in order; `wake` lets the loop take a turn."""

@@ -7,7 +7,6 @@ is. Changes that later frames must find are made there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -54,14 +53,7 @@ class StreamOperations:
 
     # ── Open and fork ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def open(
-        self,
-        origin: Origin,
-        names: Names,
-        states: U8 | None,
-        first_seqs: I64 | None,
-        check_quota: Callable[[int], None] = lambda count: None,
-    ) -> Grants:
+    async def open(self, origin: Origin, names: Names, states: U8 | None, first_seqs: I64 | None) -> Grants:
         """Open streams.
 
         Args:
@@ -69,14 +61,16 @@ class StreamOperations:
             names: valid names, some of which may be in use.
             states: initial states [N, row_bytes], None for the model's own.
             first_seqs: the seqs of their first frames, int64 [N], None for 0.
-            check_quota: called with the number of streams that are about to be opened; it may raise a Refusal.
+
+        Raises:
+            Refusal: the origin may not open so many more.
         """
         in_use = self._table.find(names) != SCRATCH_SLOT
         fresh = {name for name, used in zip(names, in_use.tolist(), strict=True) if not used}
         await self.hibernation.make_room(sum(name not in self.hibernation for name in fresh))
         if not self._origins.is_connected(origin):  # gone since it asked; its number may be another's now
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
-        check_quota(len(fresh))
+        origin.check_quota(len(fresh))
         slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs, self.hibernation)
         granted = codes == 0
         opened = slots[granted]
@@ -107,14 +101,7 @@ class StreamOperations:
         await self._end(left, "failed")
         self._origins.notify(owners, Code.STATE_LOST)
 
-    async def fork(
-        self,
-        origin: Origin,
-        handles: U64,
-        names: Names,
-        codes: I32,
-        check_quota: Callable[[int], None] = lambda count: None,
-    ) -> Grants:
+    async def fork(self, origin: Origin, handles: U64, names: Names, codes: I32) -> Grants:
         """Open copies of streams, each with the state and the next seq of its original.
 
         Args:
@@ -122,7 +109,9 @@ class StreamOperations:
             handles: of the originals, uint64 [N].
             names: of the copies.
             codes: int32 [N], not 0 where the copy is refused already.
-            check_quota: as in `open`.
+
+        Raises:
+            Refusal: as `open`.
         """
         slots, found = await self._own(origin, handles)
         codes = np.where(found, found, codes).astype(np.int32)
@@ -135,8 +124,7 @@ class StreamOperations:
         good = good[~lost]
         if not self._origins.is_connected(origin):
             return Grants.none(codes)  # gone meanwhile; its number may be another's now
-        named = [names[index] for index in good.tolist()]
-        copies = await self.open(origin, named, states[~lost], seqs[~lost], check_quota)
+        copies = await self.open(origin, [names[index] for index in good.tolist()], states[~lost], seqs[~lost])
         return copies.spread(codes)
 
     # ── Resume ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -33,6 +33,9 @@ class _Nobody:
     def notify(self, event: StreamEvent) -> None:
         pass
 
+    def check_quota(self, streams: int) -> None:
+        pass
+
 
 def warm_up() -> None:
     """Step a stream of a tiny engine through everything that is compiled, on the types that the server uses."""

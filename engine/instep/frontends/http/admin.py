@@ -36,8 +36,8 @@ _SEND_BUFFER_BYTES: Final = 65_536
 _TAKES_NOTHING_S: Final = 10.0
 """A connection to which something is to be sent, and whose machine has taken nothing for so long, ends."""
 _LOOK_S: Final = 1.0
-_TCP_INFO: Final = struct.Struct("=24xI92xQ16xI")
-"""tcpi_unacked, tcpi_bytes_acked and tcpi_notsent_bytes of Linux's `struct tcp_info`."""
+_TCP_INFO: Final = struct.Struct("=120xQ16xI")
+"""tcpi_bytes_acked and tcpi_notsent_bytes of Linux's `struct tcp_info`."""
 
 
 def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | None = DEFAULT) -> socket.socket | None:
@@ -111,10 +111,10 @@ class AdminServer:
         self._watching = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
-        while True:
+        while hasattr(socket, "TCP_INFO"):  # on Linux
             await asyncio.sleep(_LOOK_S)
             for connection in list(self._server.server_state.connections):
-                if isinstance(connection, _Connection):
+                if isinstance(connection, _Connection) and not connection.transport.is_closing():
                     connection.end_if_stuck()
 
     def go_away(self) -> None:
@@ -186,24 +186,12 @@ class _Connection(H11Protocol):
         self._silent_since_s = self.loop.time()
 
     def end_if_stuck(self) -> None:
-        """End the connection if its peer has taken nothing for too long of what is to be sent to it."""
-        now_s, (taken, waiting) = self.loop.time(), _sent_bytes(self.transport)
-        if taken != self._taken_bytes or not waiting:
+        """End the connection if its peer's machine has taken nothing for too long of what is to be sent to it."""
+        connection, now_s = self.transport.get_extra_info("socket"), self.loop.time()
+        taken, unsent = _TCP_INFO.unpack(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+        if taken != self._taken_bytes or not (unsent or self.transport.get_write_buffer_size()):
             self._taken_bytes, self._taken_at_s = taken, now_s
         elif now_s - self._taken_at_s > _TAKES_NOTHING_S:
             # With this, the kernel does not go on to keep what was not taken.
-            at_once = struct.pack("ii", 1, 0)
-            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
-
-
-def _sent_bytes(transport: asyncio.Transport) -> tuple[int, int]:
-    """The bytes that the peer's machine has taken, as Linux counts them, and those that wait, about."""
-    waiting = transport.get_write_buffer_size()
-    if not hasattr(socket, "TCP_INFO") or transport.is_closing():
-        return 0, waiting
-    info = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
-    if len(info) < _TCP_INFO.size:
-        return 0, waiting
-    unacknowledged, taken, unsent = _TCP_INFO.unpack(info)
-    return taken, waiting + unacknowledged + unsent

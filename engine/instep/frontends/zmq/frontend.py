@@ -15,11 +15,11 @@ from instep.frontends.models import Models, Served
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.decode import Decoder, hello
 from instep.frontends.zmq.peers import Outbound, Peer
-from instep.frontends.zmq.requests import HANDLERS, Answer, Handler, Requests
+from instep.frontends.zmq.requests import HANDLERS, Answer, Requests
 from instep.frontends.zmq.router import Router
 from instep.security.policy import Verb, allowed, allowed_to_see
 from instep.security.principals import LOCAL, Principal, Principals
-from instep.security.quotas import Usage, Usages
+from instep.security.quotas import Usages
 from instep.streaming.api import Refusal
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
@@ -33,8 +33,6 @@ free: 256 for a single peer, about 170 each for two. So there is always a place 
 _BUSY_RETRY_US: Final = 2000
 _MOST_NAMES: Final = 100
 """Streams that one line of the log names."""
-_UNREAD_RETRY_US: Final = 100_000
-_QUOTA_RETRY_US: Final = 1_000_000
 
 
 class ZmqFrontend:
@@ -53,10 +51,9 @@ class ZmqFrontend:
         probe_after_ns: int,
         wake: Callable[[], None],
         log: structlog.stdlib.BoundLogger,
-        usages: Usages | None = None,
     ) -> None:
         self.is_paused = False
-        self._usages = usages or Usages()
+        self._usages = Usages(lambda number: sum(each.service.listing.count_of(number) for each in models))
         self._models = models
         self._router = router
         self._authenticator = router.authenticator
@@ -77,7 +74,7 @@ class ZmqFrontend:
     def added(self, served: Served) -> None:
         info = served.info
         decoder = Decoder(info.features, info.state, info.max_block_frames, info.max_message_bytes)
-        self._requests_of[served] = Requests(served, decoder, self._check_streams)
+        self._requests_of[served] = Requests(served, decoder)
 
     def removed(self, served: Served, reason: str) -> None:
         self._end([peer for peer in self._outbound.peers() if peer.served is served], reason)
@@ -191,8 +188,8 @@ class ZmqFrontend:
                 self._welcome(routing_id, header, now_ns)
                 return False
             peer.last_heard_ns = now_ns
-            if (handler := HANDLERS.get(kind)) is not None:
-                return self._begin(handler, peer, header, parts)
+            if kind in HANDLERS:
+                return self._begin(peer, header, parts)
             self._reply_at_once(peer, header, parts, now_ns)
         except RecursionError:  # a value nested a thousand deep cannot even be shown in a sentence
             self._refuse(routing_id, peer, request, MalformedMessage("the header is nested too deep"))
@@ -210,7 +207,8 @@ class ZmqFrontend:
                 served.refuse_what_is_new()
             frames = self._requests_of[served].decoder.step(peer, parts, now_ns)
             if peer.usage.number:
-                self._check_frames(peer, frames.timesteps * frames.width, now_ns)
+                self._check_unread(peer)
+                peer.usage.check_frames(frames.timesteps * frames.width, now_ns)
         except Exception as error:
             self._refuse(routing_id, peer, request_of_step(parts[0]), error)
             return
@@ -232,10 +230,7 @@ class ZmqFrontend:
         served.refuse_what_is_new()
         usage = self._usages.of(principal)
         peer = Peer(self._outbound, routing_id, served, now_ns, principal, usage)
-        if not usage.may_connect():
-            usage.refused_total += 1
-            sentence = f"{principal.name} has {usage.connections} connections, as many as its quota allows"
-            raise Refusal(Code.BUSY, retry_after_us=_QUOTA_RETRY_US, sentence=sentence)
+        usage.check_connections()
         count = len(self._outbound)
         if count >= self._max_connections or not served.service.engine.origins.connect(peer):
             why = "limits.max_connections, or the limit of open files, allows"
@@ -251,6 +246,8 @@ class ZmqFrontend:
 
     def _reply_at_once(self, peer: Peer, header: Header, parts: list[bytes], now_ns: int) -> None:
         served = peer.served
+        if header.kind in (Kind.LIST, Kind.STATS, Kind.MODELS):
+            self._check_unread(peer)
         match header.kind:
             case Kind.HELLO:
                 _, model = hello(header, peer.routing_id)
@@ -288,47 +285,12 @@ class ZmqFrontend:
         return partial(allowed, principal, Verb.HELLO)
 
     def used(self) -> dict[str, tuple[int, ...]]:
-        return {
-            usage.principal.name: (
-                usage.frames_total,
-                usage.refused_total,
-                usage.kept_bytes,
-                usage.connections,
-                self._streams_of(usage),
-            )
-            for usage in self._usages
-        }
-
-    def _streams_of(self, usage: Usage) -> int:
-        return sum(served.service.listing.count_of(usage.number) for served in self._models)
-
-    def _check_frames(self, peer: Peer, frames: int, now_ns: int) -> None:
-        self._check_unread(peer)
-        usage = peer.usage
-        if wait_ns := usage.wait_ns(frames, now_ns):
-            usage.refused_total += 1
-            rate = usage.principal.quotas.frames_per_s
-            sentence = f"{usage.principal.name} has sent more than {rate:g} frames/s, which its quota allows"
-            raise Refusal(Code.BUSY, retry_after_us=wait_ns // 1000 + 1, sentence=sentence)
+        return {usage.principal.name: usage.as_record() for usage in self._usages}
 
     def _check_unread(self, peer: Peer) -> None:
-        usage = peer.usage
-        if usage.is_full:
-            usage.refused_total += 1
+        if peer.usage.is_full:
             self._outbound.ask(peer)
-            sentence = f"{usage.principal.name} leaves {usage.kept_bytes} bytes unread, more than its quota allows"
-            raise Refusal(Code.BUSY, retry_after_us=_UNREAD_RETRY_US, sentence=f"{sentence}; read first")
-
-    def _check_streams(self, peer: Peer, count: int) -> None:
-        usage = peer.usage
-        most = usage.principal.quotas.streams
-        if most is not None and count and (held := self._streams_of(usage)) + count > most:
-            usage.refused_total += 1
-            sentence = (
-                f"{usage.principal.name} has {held} open streams, parked and hibernating ones included, and its quota "
-                f"allows {most}: close some"
-            )
-            raise Refusal(Code.TOO_MANY_STREAMS, retry_after_us=_QUOTA_RETRY_US, sentence=sentence)
+            peer.usage.check_unread()
 
     def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, error: Exception) -> None:
         """Refuse a message as a whole; the default model counts it if the connection belongs to no model yet.
@@ -351,7 +313,10 @@ class ZmqFrontend:
 
     # ── Requests on streams ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _begin(self, handler: Handler, peer: Peer, header: Header, parts: list[bytes]) -> bool:
+    def _begin(self, peer: Peer, header: Header, parts: list[bytes]) -> bool:
+        verb, handler = HANDLERS[header.kind]
+        if not allowed(peer.principal, verb):
+            raise Refusal(Code.NOT_ALLOWED)
         if peer.requests >= _MOST_REQUESTS - self._requests:
             raise Refusal(Code.BUSY, "too many requests on streams are under way", _BUSY_RETRY_US)
         self._check_unread(peer)

@@ -81,6 +81,9 @@ class Peer:
         renewed = event.renewed
         self.outbound.send(self, encode.evicted(event) if renewed is None else encode.woken(event.handles, renewed))
 
+    def check_quota(self, streams: int) -> None:
+        self.usage.check_streams(streams)
+
 
 class Outbound:
     """Sends messages without ever waiting for a peer.

@@ -14,11 +14,10 @@ from instep.frontends.models import Served
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.peers import Peer
-from instep.security.policy import Verb, allowed, looked_up
-from instep.streaming.api import Refusal
+from instep.security.policy import Verb, looked_up
 from instep.streaming.operations import StreamOperations
 from instep_client.protocol import wire
-from instep_client.protocol.wire import Code, Header, Kind, Message
+from instep_client.protocol.wire import Header, Kind, Message
 
 Answer: TypeAlias = Callable[[], Awaitable[tuple[I32, Message]]]
 """Carries out a request on N streams; returns the codes of refusals, int32 [N], and the reply."""
@@ -30,8 +29,6 @@ class Requests:
 
     served: Served
     decoder: Decoder
-    check_quota: Callable[[Peer, int], None]
-    """Raises a Refusal where a peer may not open this number of streams more."""
 
     @property
     def _operations(self) -> StreamOperations:
@@ -39,7 +36,6 @@ class Requests:
 
     def open(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """OPEN."""
-        _check(peer, Verb.OPEN)
         count = self.decoder.count(header.fields[0])
         names = wire.unpack_names(parts[1], count)
         states = self.decoder.states(header.fields[1], parts[2], count)
@@ -55,7 +51,6 @@ class Requests:
                 [names[index] for index in good.tolist()],
                 None if states is None else states[good],
                 None if first_seqs is None else first_seqs[good],
-                partial(self.check_quota, peer),
             )
             granted = opened.spread(codes)
             return granted.codes, encode.granted(Kind.OPENED, header.request, granted, self.served.info.durability)
@@ -64,7 +59,6 @@ class Requests:
 
     def resume(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """RESUME."""
-        _check(peer, Verb.RESUME)
         count = self.decoder.count(header.fields[0])
         take_over = bool(wire.count_field(header.fields[1], "take_over", 1, at_least=0))
         names = looked_up(peer.principal, Verb.RESUME, wire.unpack_names(parts[1], count))
@@ -79,10 +73,8 @@ class Requests:
 
     def read_state(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """READ_STATE."""
-        by_name = wire.count_field(header.fields[1], "by_name", 1, at_least=0)
-        _check(peer, Verb.READ_STATE if by_name else Verb.USE)
         count = self.decoder.count_with_states(header.fields[0])
-        if by_name:
+        if wire.count_field(header.fields[1], "by_name", 1, at_least=0):
             names = looked_up(peer.principal, Verb.READ_STATE, wire.unpack_names(parts[1], count))
             read_states = partial(self._operations.read_states, names)
         else:
@@ -97,7 +89,6 @@ class Requests:
 
     def reset(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """RESET."""
-        _check(peer, Verb.USE)
         count = self.decoder.count(header.fields[0])
         states = self.decoder.states(header.fields[1], parts[2], count)
         handles = self.decoder.handles(parts[1], count)
@@ -112,7 +103,6 @@ class Requests:
 
     def fork(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """FORK."""
-        _check(peer, Verb.OPEN)
         count = self.decoder.count_with_states(header.fields[0])
         names = wire.unpack_names(parts[2], count)
         handles = self.decoder.handles(parts[1], count)
@@ -120,14 +110,13 @@ class Requests:
         refused = self.decoder.name_codes(names, peer.principal)
 
         async def answer() -> tuple[I32, Message]:
-            forked = await self._operations.fork(peer, handles, names, refused, partial(self.check_quota, peer))
+            forked = await self._operations.fork(peer, handles, names, refused)
             return forked.codes, encode.granted(Kind.OPENED, header.request, forked, self.served.info.durability)
 
         return answer
 
     def close(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """CLOSE."""
-        _check(peer, Verb.USE)
         count = self.decoder.count_with_states(header.fields[0])
         closings = wire.array_frame(parts[1], wire.CLOSING, (count,), "closings")
 
@@ -139,7 +128,6 @@ class Requests:
 
     def remove(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """REMOVE."""
-        _check(peer, Verb.REMOVE)
         count = self.decoder.count(header.fields[0])
         park = bool(wire.count_field(header.fields[1], "park", 1, at_least=0))
         names = looked_up(peer.principal, Verb.REMOVE, wire.unpack_names(parts[1], count))
@@ -151,19 +139,14 @@ class Requests:
         return answer
 
 
-def _check(peer: Peer, verb: Verb) -> None:
-    if not allowed(peer.principal, verb):
-        raise Refusal(Code.NOT_ALLOWED)
-
-
 Handler: TypeAlias = Callable[[Requests, Peer, Header, list[bytes]], Answer]
-HANDLERS: Final[dict[Kind, Handler]] = {
-    Kind.OPEN: Requests.open,
-    Kind.RESUME: Requests.resume,
-    Kind.READ_STATE: Requests.read_state,
-    Kind.RESET: Requests.reset,
-    Kind.FORK: Requests.fork,
-    Kind.CLOSE: Requests.close,
-    Kind.REMOVE: Requests.remove,
+HANDLERS: Final[dict[Kind, tuple[Verb, Handler]]] = {
+    Kind.OPEN: (Verb.OPEN, Requests.open),
+    Kind.RESUME: (Verb.RESUME, Requests.resume),
+    Kind.READ_STATE: (Verb.READ_STATE, Requests.read_state),
+    Kind.RESET: (Verb.USE, Requests.reset),
+    Kind.FORK: (Verb.OPEN, Requests.fork),
+    Kind.CLOSE: (Verb.USE, Requests.close),
+    Kind.REMOVE: (Verb.REMOVE, Requests.remove),
 }
-"""Handlers by the kind of message."""
+"""By the kind of message."""
