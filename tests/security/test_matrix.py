@@ -153,8 +153,9 @@ def expected(verb: str, cell: str) -> Code:
 
 async def test_answers_about_a_foreign_name_are_those_about_a_name_that_nobody_has(tmp_path: Path) -> None:
     keys = KeyRing(tmp_path, **PEERS, helper={"role": "operator", "streams": "mic-*"})
+    told: list[dict[str, Any]] = []
     async with (
-        running(SMALL, transport=keys.transport) as server,
+        running(SMALL, transport=keys.transport, told=told) as server,
         RawClient(server.endpoint, curve=keys.curve("stranger")) as stranger,
         RawClient(server.endpoint, curve=keys.curve("helper")) as helper,
     ):
@@ -171,6 +172,8 @@ async def test_answers_about_a_foreign_name_are_those_about_a_name_that_nobody_h
             assert answers[0] == answers[1], verb
         listed = await _list(helper, "", 0)
         assert listed.header[2] == 0
+    refused = [(each["principal"], each["code"]) for each in told if each["event"] == "refused"]
+    assert refused == [("helper", code.name) for code in (Code.NOT_ALLOWED, *[Code.UNKNOWN_STREAM] * 3) for _ in "12"]
 
 
 async def test_models_and_usage_are_those_that_a_principal_may_see(tmp_path: Path) -> None:

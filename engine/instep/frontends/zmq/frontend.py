@@ -338,6 +338,8 @@ class ZmqFrontend:
             self._outbound.send(peer, message)
             about = {"request": header.kind.name, "connection": peer.number, "principal": peer.principal.name}
             about |= {"streams": header.fields[0], "refused": int(np.count_nonzero(codes))}
+            for code in np.unique(codes[codes != 0]).tolist():
+                self._log.debug("refused", code=Code(code).name, **about)
             if named is None:
                 self._log.debug("request", **about)
             else:
