@@ -183,6 +183,7 @@ async def test_a_broken_file_of_peers_changes_nothing_and_all_its_problems_are_l
             ring.write(mic={"role": "king"}, other={"quotas": {"streams": "many"}})
             _, *lines = reread(server)
             assert [line["event"] for line in lines] == ["peers not reloaded"] * 2
+            assert "mic.role" in server.outdated
             assert (await client.ask(msgpack.packb([Kind.PING, 1]))).kind is Kind.PONG
         async with RawClient(server.endpoint, curve=ring.curve("other")) as client:
             await client.hello()

@@ -200,6 +200,7 @@ def _reload_peers(server: Server, log: structlog.stdlib.BoundLogger) -> None:
         principals = Principals.read(file)
         log.info("peers reloaded", peers=len(principals.by_name), connections_ended=server.admit(principals))
     except KeysError as error:
+        server.unread = "; ".join(filter(None, (server.unread, *error.problems)))
         for problem in error.problems:
             log.error("peers not reloaded", reason=problem)
 
