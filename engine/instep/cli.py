@@ -57,6 +57,8 @@ app = CommandLine(
 )
 app.add_typer(model_app, name="model")
 app.add_typer(recordings_app, name="recordings")
+keys_app = CommandLine(help="Make and show the keys by which servers and clients know each other.")
+app.add_typer(keys_app, name="keys")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
@@ -315,6 +317,35 @@ def doctor_command(given: Given, *, json: Json = False) -> None:
     raise typer.Exit(doctor(given.file, given.flags, MODEL_FOLDER, json, typer.echo))
 
 
+@keys_app.command("new", examples=["instep keys new server --server", "instep keys new mic-7 --output mic-7-keys"])
+def new_keys(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whom the keys are for.")],
+    *,
+    server: Annotated[bool, typer.Option("--server", help="Print settings, not a line for peers.")] = False,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files.")] = Path("keys"),
+) -> None:
+    """Make a public key, NAME.key, and a secret one, NAME.key_secret.
+
+    Prints the line of the key for transport.peers_file. Exit status 0: both files were written. 2: nothing was written.
+    """
+    from instep.security.keys import make_key_pair
+
+    public, secret = make_key_pair(name, output)
+    _console(stderr=True).print(f"wrote {public}, and {secret}, which is to stay secret", soft_wrap=True)
+    if server:
+        typer.echo(f"transport: {{key_file: {jsonlib.dumps(str(secret.resolve()))}, peers_file: peers.yaml}}")
+    else:
+        show_key(public)
+
+
+@keys_app.command("show", examples=["instep keys show keys/mic-7.key"])
+def show_key(file: Annotated[Path, typer.Argument(metavar="FILE", help="NAME.key.")]) -> None:
+    """Print the line of a public key for transport.peers_file, with the role of a producer."""
+    from instep_client.key_files import read_public_key
+
+    typer.echo(f'{file.stem}: {{key: "{read_public_key(file)}", role: producer}}')
+
+
 app.command(
     "replay-from",
     examples=[
@@ -368,8 +399,9 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError
     from instep.replay.report import CannotVerify
+    from instep.security.principals import KeysError
     from instep.server.checks import CannotServe
     from instep_client.protocol.errors import InstepError
     from instep_tools.problems import CommandProblem
 
-    return CannotServe, CannotVerify, CommandProblem, ConfigError, InstepError, ModelError, RecordingError
+    return CannotServe, CannotVerify, CommandProblem, ConfigError, InstepError, KeysError, ModelError, RecordingError

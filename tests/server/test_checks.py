@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ import torch
 
 from instep.config import Config
 from instep.models.folder import write_model
+from instep.server import checks
 from instep.server.checks import rehearse
 from instep.server.log import make_log
 from instep.server.preparation import CannotServe
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
-from tests.support.running import running
+from tests.support.running import config, running
 from tests.support.streaming import random_frames
 
 
@@ -154,3 +156,22 @@ def test_streams_that_memory_cannot_hold_are_refused_and_such_as_it_may_not_hold
     check(configured(model, limits={"window_frames": 65_536}, engine={"max_streams": 2**20}))
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert any(line["reason"].startswith("the limits allow 3.5 TiB, and ") for line in lines if "reason" in line)
+
+
+@pytest.mark.parametrize(
+    ("hard", "with_keys", "most"),
+    [
+        (resource.RLIM_INFINITY, True, 9000),
+        (20_000, True, 9000),
+        (10_000, False, 9000),
+        (10_000, True, 10_000 - 100 - 4048),
+        (4096, True, 2048),
+        (9000, False, 8900),
+    ],
+)
+def test_descriptors_are_kept_back_from_connections(
+    monkeypatch: pytest.MonkeyPatch, hard: int, with_keys: bool, most: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, hard))
+    files = {"key_file": "a", "peers_file": "b"} if with_keys else {}
+    assert checks.max_connections(config(limits={"max_connections": 9000}, transport=files)) == most

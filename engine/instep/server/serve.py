@@ -20,11 +20,15 @@ import torch
 
 from instep.config import Config, ConfigError, ModelConfig
 from instep.core.compiled import are_cached
+from instep.frontends import CannotListen
+from instep.frontends.http.security import read_tokens
+from instep.security.principals import KeysError, Principals
 from instep.server.assembly import make_server
+from instep.server.audit import Audit
 from instep.server.checks import (
-    FILES_BESIDE_CONNECTIONS,
     allow_open_files,
     before_loading,
+    files_kept_back,
     settle,
     with_all_streams,
 )
@@ -158,9 +162,12 @@ def reload(
     threshold.level = "info"  # whoever sent the signal is told what came of it
     try:
         wanted = reread()
+        tokens = read_tokens(running.http)
         models = {"model": server.loader.config}
         under_way = [text for path, text in differences(running.model_copy(update=models), wanted) if path in MODELS]
         server.configure(_with_values(running, _changeable(wanted)))
+        if server.admin is not None:
+            server.admin.guard.tokens = tokens
         server.loader.reload(wanted.model, lambda: kept.keep(server))
         level = wanted.log.level
         changed = dict(differences(running, wanted))
@@ -178,8 +185,27 @@ def reload(
         kept.keep(server)
         for problem in error.problems:
             log.error("not reloaded", reason=str(problem))
+    except CannotListen as error:
+        server.unread = str(error)
+        kept.keep(server)
+        log.error("not reloaded", reason=server.unread)
     finally:
+        _reload_peers(server, log)
         threshold.level = level
+
+
+def _reload_peers(server: Server, log: structlog.stdlib.BoundLogger) -> None:
+    """Read the file of peers again; a broken one changes nothing."""
+    file = server.config.transport.peers_file
+    if file is None:
+        return
+    try:
+        principals = Principals.read(file)
+        log.info("peers reloaded", peers=len(principals.by_name), connections_ended=server.admit(principals))
+    except KeysError as error:
+        server.unread = "; ".join(filter(None, (server.unread, *error.problems)))
+        for problem in error.problems:
+            log.error("peers not reloaded", reason=problem)
 
 
 def differences(one: Config, other: Config) -> Iterator[tuple[str, str]]:
@@ -246,7 +272,8 @@ def run(
         SystemExit: in the parent of the child, with the child's status.
     """
     threshold = Threshold(config.log.level)
-    log = make_log(config.log, threshold)
+    audit = Audit(config.audit.file) if config.audit.file is not None else None
+    log = make_log(config.log, threshold, audit)
     settle(before_loading(config, restart=restart), log)
     prepared = prepare(config, log, restart=restart)
     settle(with_all_streams(config, prepared), log)
@@ -256,9 +283,13 @@ def run(
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
     manager = ServiceManager(os.environ, log)
     start = _Start(reread or (lambda: config), on_ready, Kept(), manager, restart, _has_terminal())
-    if restart and supervise(log):
-        return _serve_again(config, prepared, log, threshold, start)
-    return asyncio.run(_serve(config, prepared, log, threshold, start))
+    try:
+        if restart and supervise(log):
+            return _serve_again(config, prepared, log, threshold, start)
+        return asyncio.run(_serve(config, prepared, log, threshold, start))
+    finally:
+        if audit is not None:
+            audit.close()
 
 
 def _serve_again(
@@ -295,11 +326,12 @@ async def _serve(
     unread: str = "",
     problem: str = "",
 ) -> int:
-    allow_open_files(config.limits.max_connections + FILES_BESIDE_CONNECTIONS)
+    allow_open_files(config.limits.max_connections + files_kept_back(config))
     server = make_server(config, prepared, log)
     server.unread, server.loader.problem = unread, problem
     if problem:
         log.error("models not reloaded", reason=problem)
+    log.debug("configuration", **config.model_dump(mode="json"))
     stops = 0
 
     def stop() -> None:

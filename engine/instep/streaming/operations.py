@@ -61,12 +61,16 @@ class StreamOperations:
             names: valid names, some of which may be in use.
             states: initial states [N, row_bytes]; None for the model's own.
             first_seqs: the seqs of their first frames, int64 [N], None for 0.
+
+        Raises:
+            Refusal: the origin may not open so many more.
         """
         in_use = self._table.find(names) != SCRATCH_SLOT
         fresh = {name for name, used in zip(names, in_use.tolist(), strict=True) if not used}
         await self.hibernation.make_room(sum(name not in self.hibernation for name in fresh))
         if not self._origins.is_connected(origin):  # gone since it asked; its number may be another's now
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
+        origin.check_quota(len(fresh))
         slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs, self.hibernation)
         granted = codes == 0
         opened = slots[granted]
@@ -105,6 +109,9 @@ class StreamOperations:
             handles: of the originals, uint64 [N].
             names: of the copies.
             codes: int32 [N], not 0 for copies that are already refused.
+
+        Raises:
+            Refusal: as `open`.
         """
         slots, found = await self._own(origin, handles)
         codes = np.where(found, found, codes).astype(np.int32)
@@ -311,6 +318,41 @@ class StreamOperations:
         await self._journal.durable(lsn)
         return states, lost
 
+    async def remove(self, names: Names, *, park: bool) -> I32:
+        """Close or park streams by distinct names for an operator, and notify their owners; see `close`.
+
+        Returns:
+            int32 [N], 0 where it was done.
+
+        Raises:
+            Refusal: two of the names are the same.
+        """
+        if len(set(names)) < len(names):
+            raise Refusal(Code.REPEATED_STREAM)
+        codes = await self.hibernation.wake(names)
+        slots = self._table.find(names)
+        codes[(codes == 0) & ((slots == SCRATCH_SLOT) | self._table.closing[slots])] = Code.UNKNOWN_STREAM
+        slots = slots[codes == 0]
+        if not len(slots):
+            return codes
+        owners = self._origins.owners(self._table, slots)
+        if park:
+            self.park(slots[self._table.owner[slots] != self._table.parked], time.monotonic_ns())
+            await self._journal.durable(self._journal.newest)
+        else:
+            _, lost = await self._end(slots, "closed")
+            codes[codes == 0] = np.where(lost, Code.STATE_LOST, 0)
+        self._origins.notify(owners, Code.BY_OPERATOR)
+        return codes
+
+    def park(self, slots: I64, now_ns: int) -> None:
+        """Take streams, int64 [N], from their owners; they wait to be resumed."""
+        self._table.park(slots, now_ns)
+        self._journal.parked(slots)
+        self._engine.stats.parked_streams_total += len(slots)
+        self._engine.events.add_all("parked", self._table.names(slots), seqs=self._table.next_seq[slots])
+        self._origins.release_left()
+
     def lose(self, slots: I64) -> None:
         """End streams, int64 [N], whose states are lost."""
         self._table.lost[slots] = True
@@ -437,11 +479,7 @@ class Reaper:
         if not self._hibernation.limits.park_ns:
             self._operations.evict(slots, Code.CLIENT_GONE)
             return
-        self._table.park(slots, now_ns)
-        self._engine.journal.parked(slots)
-        self._engine.stats.parked_streams_total += len(slots)
-        self._engine.events.add_all("parked", self._table.names(slots), seqs=self._table.next_seq[slots])
-        self._engine.origins.release_left()
+        self._operations.park(slots, now_ns)
 
     def _evict_surplus(self) -> None:
         table, most = self._table, self._hibernation.limits.max_parked
