@@ -7,7 +7,7 @@ import re
 import stat
 import threading
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from instep_client.protocol.errors import InvalidInput
 
@@ -49,6 +49,33 @@ def read_key_pair(path: Path) -> tuple[str, str]:
     if "secret" not in keys:
         raise BadKeyFile(f"{path} holds no secret key, which belongs here: name the file NAME.key_secret next to it")
     return keys["public"], keys["secret"]
+
+
+class ClientKeys(NamedTuple):
+    """The keys of a connection, in Z85."""
+
+    server: str
+    """The server's public key."""
+    public: str
+    secret: str
+
+    def __repr__(self) -> str:
+        return f"ClientKeys(server={self.server!r}, public={self.public!r})"
+
+
+def read_client_keys(key_file: str | Path | None, server_key: str | Path | None) -> ClientKeys | None:
+    """Read NAME.key_secret of the client, and the server's public key, which may be given itself; None without both.
+
+    Raises:
+        BadKeyFile: a file cannot be used.
+        InvalidInput: one of them is missing.
+    """
+    if not key_file and not server_key:
+        return None
+    if not key_file or not server_key:
+        raise InvalidInput("a client with keys has its own key_file and the server_key: give both")
+    server = str(server_key) if is_key(str(server_key)) else read_public_key(Path(server_key))
+    return ClientKeys(server, *read_key_pair(Path(key_file)))
 
 
 def _read_keys(path: Path, forbidden: int) -> dict[str, str]:

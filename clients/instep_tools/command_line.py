@@ -67,20 +67,21 @@ class CommandLine(typer.Typer):
         """Register a coroutine function that talks to a server; its result is the exit status.
 
         It is called with the `Target`, the `Terminal`, the `Stop` and its own options. Its command also has --endpoint,
-        --model and --json. A CommandProblem or an InstepError that it raises is printed as one sentence.
+        --model, --key-file, --server-key and --json. A CommandProblem or an InstepError that it raises is printed as
+        one sentence.
 
         With `drains`, the first Ctrl-C requests a stop, see `run_command`; otherwise it cancels the command. Without
         `names_model`, there is no --model.
         """
 
         def register(command: ServerCommand) -> ServerCommand:
-            def run(endpoint: str, as_json: bool, model: str = "", **own: Any) -> None:
+            def run(endpoint: str, as_json: bool, key_file: str, server_key: str, model: str = "", **own: Any) -> None:
                 from instep_tools.connect import Target
                 from instep_tools.running import run_command
                 from instep_tools.terminal import Terminal
 
                 def begin(terminal: Terminal, stop: Stop) -> Awaitable[Exit]:
-                    return command(Target(endpoint, model), terminal, stop, **own)
+                    return command(Target(endpoint, model, key_file, server_key), terminal, stop, **own)
 
                 raise typer.Exit(run_command(begin, Terminal(as_json), drains=drains))
 
@@ -88,6 +89,8 @@ class CommandLine(typer.Typer):
             shared = [
                 parameter("endpoint", DEFAULT_ENDPOINT, Endpoint),
                 *([parameter("model", "", ModelName)] if names_model else []),
+                parameter("key_file", "", KeyFile),
+                parameter("server_key", "", ServerKey),
                 parameter("as_json", False, AsJson),
             ]
             self.command(name, examples=examples)(typed_as(run, command, [*own, *shared]))
@@ -251,5 +254,13 @@ ModelName = Annotated[
         help="The model to use. (default: the server's first)",
         show_default=False,
     ),
+]
+KeyFile = Annotated[
+    str,
+    typer.Option(metavar="FILE", envvar="INSTEP_KEY_FILE", help="Your NAME.key_secret.", show_default=False),
+]
+ServerKey = Annotated[
+    str,
+    typer.Option(metavar="FILE", envvar="INSTEP_SERVER_KEY", help="The server's key, or its file.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
