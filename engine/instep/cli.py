@@ -18,7 +18,7 @@ from instep import interrupts
 from instep.model_app import app as model_app
 from instep.replay.app import recordings as recordings_app
 from instep.replay.app import replay_from
-from instep_tools.command_line import CommandLine, PlainCommands, add_version, typed_as
+from instep_tools.command_line import CommandLine, PlainCommands, add_root_options, typed_as
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -353,7 +353,7 @@ app.command(
         "instep replay-from today.instep mic-7 --seq 1200 --as what-if",
     ],
 )(replay_from)
-add_version(app)
+add_root_options(app)
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from tests.support.models import SMALL, whole
 from tests.support.running import running
 from tests.support.streaming import random_frames
 from tests.support.traffic import assert_same_bits
+from tests.support.warm import WarmProcess
 
 
 @pytest.fixture
@@ -99,3 +102,16 @@ async def test_an_operator_closes_and_parks_streams_of_others(keys: KeyRing) -> 
         used = {each.name: each for each in await ann.principals()}
         assert (used["mic"].streams, used["mic"].connections, used["ann"].connections) == (2, 1, 1)
         assert [each.name for each in await mic.principals()] == ["mic"]
+
+
+@pytest.mark.parametrize("as_variables", [False, True])
+async def test_a_command_takes_the_keys_before_its_name_or_from_variables(keys: KeyRing, as_variables: bool) -> None:
+    words = {"--key-file": str(keys.folder / "mic.key_secret"), "--server-key": str(keys.folder / "server.key")}
+    variables = {"INSTEP_" + word[2:].upper().replace("-", "_"): file for word, file in words.items()}
+    before, environment = ([], variables) if as_variables else ([each for pair in words.items() for each in pair], {})
+    async with running(SMALL, transport=keys.transport) as server:
+        typed = [*before, "ping", "-e", server.endpoint]
+        done = await asyncio.to_thread(
+            WarmProcess, typed, program="instep_tools", env={**os.environ, **environment}, output=keys.folder / "said"
+        )
+        assert await asyncio.to_thread(done.wait, 60) == 0, (keys.folder / "said").read_text()
