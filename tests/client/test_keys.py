@@ -6,7 +6,6 @@ import asyncio
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,21 +25,14 @@ def keys(tmp_path: Path) -> KeyRing:
     return KeyRing(tmp_path, mic={"streams": "mic-*"}, ann={"role": "operator"})
 
 
-def of(keys: KeyRing, name: str, server: str = "server") -> dict[str, Any]:
-    """The arguments of a client of that name."""
-    keys.make(name)
-    keys.make(server)
-    return {"key_file": keys.folder / f"{name}.key_secret", "server_key": keys.folder / f"{server}.key"}
-
-
 async def test_whatever_is_wrong_with_the_keys_is_told_within_the_timeout_and_told_apart(keys: KeyRing) -> None:
     said = set()
     async with running(SMALL, transport=keys.transport) as locked, running(SMALL) as free:
         cases = [
             (locked.endpoint, {}),
-            (locked.endpoint, of(keys, "unknown")),
-            (locked.endpoint, of(keys, "mic", server="another")),
-            (free.endpoint, of(keys, "mic")),
+            (locked.endpoint, keys.of_client("unknown")),
+            (locked.endpoint, keys.of_client("mic", server="another")),
+            (free.endpoint, keys.of_client("mic")),
         ]
         for endpoint, arguments in cases:
             began = time.monotonic()
@@ -50,12 +42,12 @@ async def test_whatever_is_wrong_with_the_keys_is_told_within_the_timeout_and_to
             said.add(str(caught.value).replace(endpoint, ""))
         assert len(said) == 3  # the last two cannot be told apart
         server_key = keys.make("server")[0]
-        async with AsyncClient(locked.endpoint, **{**of(keys, "mic"), "server_key": server_key}) as client:
+        async with AsyncClient(locked.endpoint, **{**keys.of_client("mic"), "server_key": server_key}) as client:
             assert client.info.model == SMALL.name
 
 
 def test_key_files_are_given_together_and_are_what_they_should_be(keys: KeyRing) -> None:
-    good = of(keys, "mic")
+    good = keys.of_client("mic")
     for bad in (
         {**good, "server_key": None},
         {**good, "key_file": None},
@@ -72,7 +64,7 @@ async def test_it_reconnects_by_itself_and_no_frame_is_lost_when_the_server_is_r
     x, record = random_frames(rng, 40, 1)[:, 0], {"file": tmp_path / "rec.instep"}
     async with running(SMALL, transport=keys.transport, recording=record) as server:
         endpoint = server.endpoint
-        client = AsyncClient(endpoint, **of(keys, "mic"))
+        client = AsyncClient(endpoint, **keys.of_client("mic"))
         await client.connect()
         stream = await client.open("mic-1")
         first = await stream.step(x[:20])
@@ -85,8 +77,8 @@ async def test_it_reconnects_by_itself_and_no_frame_is_lost_when_the_server_is_r
 async def test_an_operator_closes_and_parks_streams_of_others(keys: KeyRing) -> None:
     async with (
         running(SMALL, transport=keys.transport) as server,
-        AsyncClient(server.endpoint, **of(keys, "mic")) as mic,
-        AsyncClient(server.endpoint, **of(keys, "ann")) as ann,
+        AsyncClient(server.endpoint, **keys.of_client("mic")) as mic,
+        AsyncClient(server.endpoint, **keys.of_client("ann")) as ann,
     ):
         streams = [await mic.open(f"mic-{number}") for number in range(3)]
         with pytest.raises(Refused) as refused:

@@ -64,8 +64,7 @@ async def test_very_many_connections_cost_a_bounded_memory_and_nobody_s_frames(
     write_model(tmp_path / "model", SMALL)
     ring = KeyRing(tmp_path, mic={})
     x = random_frames(rng, 1000)
-    transport = [word for key, file in ring.transport.items() for word in ("--set", f"transport.{key}={file}")]
-    with serving(tmp_path / "model", *transport) as served:
+    with serving(tmp_path / "model", *ring.arguments) as served:
         endpoint = served.until("serving")["endpoint"]
         port, process = int(endpoint.rpartition(":")[2]), psutil.Process(served.process.pid)
         async with RawClient(endpoint, curve=ring.curve("mic")) as client:

@@ -36,6 +36,17 @@ class KeyRing:
         """The section of a server's configuration."""
         return {"key_file": self.folder / "server.key_secret", "peers_file": self.peers_file}
 
+    @property
+    def arguments(self) -> list[str]:
+        """The same for `instep serve`."""
+        return [word for key, file in self.transport.items() for word in ("--set", f"transport.{key}={file}")]
+
+    def of_client(self, name: str, server: str = "server") -> dict[str, Any]:
+        """The arguments of the library's client of that name, whether the server knows it or not."""
+        self.make(name)
+        self.make(server)
+        return {"key_file": self.folder / f"{name}.key_secret", "server_key": self.folder / f"{server}.key"}
+
     def make(self, name: str) -> tuple[str, str]:
         """The keys of that name, made once."""
         file = self.folder / f"{name}.key_secret"
