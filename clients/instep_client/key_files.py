@@ -7,7 +7,7 @@ import re
 import stat
 import threading
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, TypeAlias
 
 from instep_client.protocol.errors import InvalidInput
 
@@ -16,10 +16,6 @@ _READ_WITHIN_S: Final = 2.0
 """A network file system that hangs would otherwise hold the caller forever."""
 _KEY: Final = re.compile(r'[ \t]*(public|secret)-key[ \t]*=[ \t]*["\']?([^"\'\s]+)["\']?[ \t]*\r?')
 _Z85: Final = re.compile(r"[0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-]{40}")
-
-
-class BadKeyFile(InvalidInput):
-    """A file of keys cannot be used; the message never quotes its content."""
 
 
 def is_key(text: str) -> bool:
@@ -31,11 +27,11 @@ def read_public_key(path: Path) -> str:
     """Read a public key from NAME.key.
 
     Raises:
-        BadKeyFile: the file cannot be read, holds no public key, or holds a secret one.
+        InvalidInput: the file cannot be read, holds no public key, or holds a secret one.
     """
     keys = _read_keys(path, forbidden=0)
     if "secret" in keys:
-        raise BadKeyFile(f"{path} holds a secret key, and a public one belongs here: name the file NAME.key next to it")
+        raise InvalidInput(f"{path} holds a secret key, and a public one belongs here: give NAME.key next to it")
     return keys["public"]
 
 
@@ -43,76 +39,67 @@ def read_key_pair(path: Path) -> tuple[str, str]:
     """Read the public and the secret key from NAME.key_secret.
 
     Raises:
-        BadKeyFile: the file cannot be read, other users can read it, or it holds no secret key.
+        InvalidInput: the file cannot be read, other users can read it, or it holds no secret key.
     """
     keys = _read_keys(path, forbidden=0o077)
     if "secret" not in keys:
-        raise BadKeyFile(f"{path} holds no secret key, which belongs here: name the file NAME.key_secret next to it")
+        raise InvalidInput(f"{path} holds no secret key, which belongs here: give NAME.key_secret next to it")
     return keys["public"], keys["secret"]
 
 
-class ClientKeys(NamedTuple):
-    """The keys of a connection, in Z85."""
-
-    server: str
-    """The server's public key."""
-    public: str
-    secret: str
-
-    def __repr__(self) -> str:
-        return f"ClientKeys(server={self.server!r}, public={self.public!r})"
+ClientKeys: TypeAlias = tuple[str, str, str]
+"""The keys of a connection, in Z85: the server's public one, and the client's public and secret ones."""
 
 
 def read_client_keys(key_file: str | Path | None, server_key: str | Path | None) -> ClientKeys | None:
     """Read NAME.key_secret of the client, and the server's public key, which may be given itself; None without both.
 
     Raises:
-        BadKeyFile: a file cannot be used.
-        InvalidInput: one of them is missing.
+        InvalidInput: a file cannot be used, or one of them is missing.
     """
     if not key_file and not server_key:
         return None
     if not key_file or not server_key:
         raise InvalidInput("a client with keys has its own key_file and the server_key: give both")
     server = str(server_key) if is_key(str(server_key)) else read_public_key(Path(server_key))
-    return ClientKeys(server, *read_key_pair(Path(key_file)))
+    return server, *read_key_pair(Path(key_file))
 
 
 def _read_keys(path: Path, forbidden: int) -> dict[str, str]:
     found = [_KEY.fullmatch(line) for line in read_text(path, forbidden).split("\n")]
     keys = {match[1]: match[2] for match in found if match}
     if "public" not in keys or not all(map(is_key, keys.values())):
-        raise BadKeyFile(f"{path} is not a key file: make a pair of them with `instep keys new NAME`")
+        raise InvalidInput(f"{path} is not a key file: make a pair of them with `instep keys new NAME`")
     return keys
 
 
-def read_text(path: Path, forbidden: int) -> str:
+def read_text(path: Path, forbidden: int = 0) -> str:
     """Read a regular file of at most 1 MiB; `forbidden` are the bits that its mode may not have.
 
     Raises:
-        BadKeyFile: the file is something else, or cannot be read within 2 s.
+        InvalidInput: the file is something else, or cannot be read within 2 s.
     """
-    results: list[str | BadKeyFile] = []
+    found: list[str | Exception] = []
 
     def read() -> None:
         try:
-            results.append(_read_text(path, forbidden))
-        except BadKeyFile as error:
-            results.append(error)
-        except OSError as error:
-            results.append(BadKeyFile(f"{path} cannot be read: {error.strerror}"))
-        except ValueError:  # UnicodeDecodeError, or a path with a null byte
-            results.append(BadKeyFile(f"{str(path)!r} is not a text file"))
+            found.append(_read_text(path, forbidden))
+        except Exception as error:
+            found.append(error)
 
     thread = threading.Thread(target=read, daemon=True, name="instep-read-file")
     thread.start()
     thread.join(_READ_WITHIN_S)
-    match results:
+    match found:
         case [str() as text]:
             return text
-        case [BadKeyFile() as error]:
+        case [InvalidInput() as error]:
             raise error
-    raise BadKeyFile(f"{path} could not be read within {_READ_WITHIN_S:g} s: put it on a local disk")
+        case [OSError() as error]:
+            raise InvalidInput(f"{path} cannot be read: {error.strerror}")
+        case [_]:  # a UnicodeDecodeError, or a path with a null byte
+            raise InvalidInput(f"{str(path)!r} is not a text file")
+    raise InvalidInput(f"{path} could not be read within {_READ_WITHIN_S:g} s: put it on a local disk")
 
 
 def _read_text(path: Path, forbidden: int) -> str:
@@ -120,11 +107,11 @@ def _read_text(path: Path, forbidden: int) -> str:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise BadKeyFile(f"{path} is not a regular file")
+            raise InvalidInput(f"{path} is not a regular file")
         if status.st_mode & forbidden:
             verb, cure = ("read", "go-rwx") if forbidden & 0o004 else ("change", "go-w")
-            raise BadKeyFile(f"other users can {verb} {path}: chmod {cure} {path}")
+            raise InvalidInput(f"other users can {verb} {path}: chmod {cure} {path}")
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise BadKeyFile(f"{path} is larger than {MAX_FILE_BYTES} bytes")
+        raise InvalidInput(f"{path} is larger than {MAX_FILE_BYTES} bytes")
     return content.decode()

@@ -15,7 +15,8 @@ from instep.cli import app
 from instep.config import TransportConfig
 from instep.security.keys import ServerKeys, make_key_pair
 from instep.security.principals import KeysError, Principals, Role
-from instep_client.key_files import MAX_FILE_BYTES, BadKeyFile, read_key_pair, read_public_key
+from instep_client.key_files import MAX_FILE_BYTES, read_key_pair, read_public_key
+from instep_client.protocol.errors import InvalidInput
 from tests.support.keys import KeyRing
 
 
@@ -97,7 +98,7 @@ def test_a_secret_file_that_is_not_one_is_refused_with_nothing_of_it(tmp_path: P
 
 def test_a_secret_where_a_public_key_belongs_is_refused_with_nothing_of_it(tmp_path: Path) -> None:
     _, secret = make_key_pair("mic", tmp_path)
-    with pytest.raises(BadKeyFile) as refused:
+    with pytest.raises(InvalidInput) as refused:
         read_public_key(secret)
     assert read_key_pair(secret)[1] not in str(refused.value)
 

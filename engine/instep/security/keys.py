@@ -11,7 +11,8 @@ import zmq
 
 from instep.config import TransportConfig
 from instep.security.principals import NAME, KeysError, Principals
-from instep_client.key_files import BadKeyFile, read_key_pair
+from instep_client.key_files import read_key_pair
+from instep_client.protocol.errors import InvalidInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class ServerKeys:
         problems: list[str] = []
         try:
             _, secret = read_key_pair(config.key_file)
-        except BadKeyFile as error:
+        except InvalidInput as error:
             problems.append(f"transport.key_file: {error}")
         try:
             principals = Principals.read(config.peers_file)

@@ -9,13 +9,14 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from instep.config.loading import UniqueKeyLoader
 from instep.config.sections import Section
-from instep_client.key_files import BadKeyFile, is_key, read_text
+from instep.models.errors import in_line
+from instep_client.key_files import is_key, read_text
+from instep_client.protocol.errors import InvalidInput
 
 DEFAULT: Final = "default"
 """The entry whose quotas hold for everybody who has none of their own."""
@@ -107,12 +108,10 @@ class Principals:
         """
         try:
             entries = UniqueKeyLoader(read_text(path, forbidden=0o022)).get_single_data()
-        except BadKeyFile as error:
+        except InvalidInput as error:
             raise KeysError([f"transport.peers_file: {error}"]) from None
         except Exception as error:  # also PyYAML's KeyErrors and AttributeErrors, and nesting that is too deep
-            mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-            line = f": there is an error in line {mark.line + 1}" if mark else ""
-            raise KeysError([f"transport.peers_file {path} is not YAML{line}"]) from None
+            raise KeysError([f"transport.peers_file {path} is not YAML{in_line(error)}"]) from None
         if not isinstance(entries, dict) or not all(isinstance(each, dict) for each in entries.values()):
             sentence = "expected a line NAME: {key: …, role: …} for each peer"
             raise KeysError([f"transport.peers_file {path}: {sentence}"])
