@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import struct
 from collections.abc import Mapping
 from typing import Final
 
@@ -34,10 +33,7 @@ _BACKLOG: Final = 128
 _SEND_BUFFER_BYTES: Final = 65_536
 """Of the kernel, for a connection: without it, megabytes of events would be kept for a listener that takes none."""
 _TAKES_NOTHING_S: Final = 10.0
-"""A connection to which something is to be sent, and whose machine has taken nothing for so long, ends."""
-_LOOK_S: Final = 1.0
-_TCP_INFO: Final = struct.Struct("=120xQ16xI")
-"""tcpi_bytes_acked and tcpi_notsent_bytes of Linux's `struct tcp_info`."""
+"""On Linux a connection ends if its peer's machine takes nothing of what is to be sent to it for this long."""
 
 
 def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | None = DEFAULT) -> socket.socket | None:
@@ -64,6 +60,8 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | N
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(_TAKES_NOTHING_S * 1000))
         listener.setblocking(False)
         listener.bind(address)
         listener.listen(_BACKLOG)
@@ -101,19 +99,10 @@ class AdminServer:
         self._listener = listener
         self.guard = Guard(app, tokens, is_loopback_host(host))
         self._server = make_server(self.guard)
-        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Answer requests from now on."""
         await self._server.startup(sockets=[self._listener])
-        self._watching = asyncio.create_task(self._watch())
-
-    async def _watch(self) -> None:
-        while hasattr(socket, "TCP_INFO"):  # on Linux
-            await asyncio.sleep(_LOOK_S)
-            for connection in list(self._server.server_state.connections):
-                if isinstance(connection, _Connection) and not connection.transport.is_closing():
-                    connection.end_if_stuck()
 
     def go_away(self) -> None:
         """Send goodbye to all listeners, because the server ends; requests are answered until `close`."""
@@ -122,8 +111,6 @@ class AdminServer:
     async def close(self) -> None:
         """End every connection, after a moment for answers under way."""
         self._events.close()
-        if self._watching is not None:
-            self._watching.cancel()
         await close_server(self._server, self._listener)
 
 
@@ -168,8 +155,6 @@ class _Connection(H11Protocol):
     """One of a limited number of connections; the one idle longest makes room for the next."""
 
     _silent_since_s = 0.0
-    _taken_bytes = 0
-    _taken_at_s = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -182,14 +167,3 @@ class _Connection(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._silent_since_s = self.loop.time()
-
-    def end_if_stuck(self) -> None:
-        """End the connection if its peer's machine has taken nothing for too long of what is to be sent to it."""
-        connection, now_s = self.transport.get_extra_info("socket"), self.loop.time()
-        taken, unsent = _TCP_INFO.unpack(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
-        if taken != self._taken_bytes or not (unsent or self.transport.get_write_buffer_size()):
-            self._taken_bytes, self._taken_at_s = taken, now_s
-        elif now_s - self._taken_at_s > _TAKES_NOTHING_S:
-            # With this, the kernel does not go on to keep what was not taken.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.transport.abort()
