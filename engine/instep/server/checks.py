@@ -59,7 +59,7 @@ class Finding(NamedTuple):
 
 def before_loading(config: Config, *, restart: bool = False) -> Iterator[Finding]:
     """Check everything that needs no loaded model, without writing anything; `restart` is as in `serve.run`."""
-    for check in (_folders, _recording, _ports, _keys, _token, _memory, _disk, _cores, _open_files):
+    for check in (_folders, _recording, _ports, _secrets, _memory, _disk, _cores, _open_files):
         yield from check(config)
     if restart and config.transport.endpoint.endswith(":*"):
         sentence = "--restart needs a port"
@@ -232,19 +232,13 @@ def _is_in_use(address: str, family: int = socket.AF_UNSPEC) -> bool:
     return False
 
 
-def _keys(config: Config) -> Iterator[Finding]:
-    try:
-        ServerKeys.read(config.transport)
-    except KeysError as error:
-        for problem in error.problems:
-            yield Finding("problem", problem, "")
-
-
-def _token(config: Config) -> Iterator[Finding]:
-    try:
-        read_tokens(config.http)
-    except CannotListen as error:
-        yield Finding("problem", str(error), "")
+def _secrets(config: Config) -> Iterator[Finding]:
+    for read in (lambda: ServerKeys.read(config.transport), lambda: read_tokens(config.http)):
+        try:
+            read()
+        except (CannotListen, KeysError) as error:
+            for problem in str(error).splitlines():
+                yield Finding("problem", problem, "")
 
 
 def _memory(config: Config) -> Iterator[Finding]:

@@ -362,8 +362,6 @@ def _audited(header: Header, parts: list[bytes]) -> list[str] | None:
     match header.kind:
         case Kind.RESET:
             return []
-        case Kind.REMOVE:
-            return parts[1].decode().split("\n")[:_MOST_NAMES]
-        case Kind.RESUME | Kind.READ_STATE if header.fields[1]:  # take-over, by name
-            return parts[1].decode().split("\n")[:_MOST_NAMES]
+        case Kind.REMOVE | Kind.RESUME | Kind.READ_STATE if header.kind is Kind.REMOVE or header.fields[1]:
+            return parts[1].decode().split("\n")[:_MOST_NAMES]  # also of a take-over, or by name
     return None
