@@ -167,7 +167,7 @@ def reload(
         under_way = [text for path, text in differences(running.model_copy(update=models), wanted) if path in MODELS]
         server.configure(_with_values(running, _changeable(wanted)))
         if server.admin is not None:
-            server.admin.guard.tokens = tokens
+            server.admin.admit(tokens)
         server.loader.reload(wanted.model, lambda: kept.keep(server))
         level = wanted.log.level
         changed = dict(differences(running, wanted))

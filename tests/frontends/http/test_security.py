@@ -56,8 +56,12 @@ async def test_each_of_several_tokens_is_good_until_it_is_withdrawn(token_file: 
         assert [(await http.get("/api/stats", headers=each)).status_code for each in shown] == [200, 200, 401]
         write(f"ann: {TOKEN}:2\n")
         assert server.admin is not None
-        server.admin.guard.tokens = security.read_tokens(server.config.http)
+        async with http.stream("GET", "/api/events", headers=shown[0]) as answer:
+            server.admin.admit(security.read_tokens(server.config.http))
+            assert "event: bye" in (await answer.aread()).decode()
         assert [(await http.get("/api/stats", headers=each)).status_code for each in shown] == [401, 200, 401]
+        async with http.stream("GET", "/api/events", headers=shown[1]) as answer:
+            assert "event: stats" in await anext(answer.aiter_text())
 
 
 async def test_a_browser_asks_for_the_token_as_a_password(token_file: Path) -> None:

@@ -97,12 +97,18 @@ class AdminServer:
         anyio.get_cancelled_exc_class()
         list(exposition(subject.services, {}))
         self._listener = listener
-        self.guard = Guard(app, tokens, is_loopback_host(host))
-        self._server = make_server(self.guard)
+        self._guard = Guard(app, tokens, is_loopback_host(host))
+        self._server = make_server(self._guard)
 
     async def start(self) -> None:
         """Answer requests from now on."""
         await self._server.startup(sockets=[self._listener])
+
+    def admit(self, tokens: Mapping[str, str] | None) -> None:
+        """Require one of these tokens from now on; where one was withdrawn, all listeners have to ask again."""
+        if not {*(self._guard.tokens or {}).values()} <= {*(tokens or {}).values()}:
+            self._events.end_listeners()
+        self._guard.tokens = tokens
 
     def go_away(self) -> None:
         """Send goodbye to all listeners, because the server ends; requests are answered until `close`."""
