@@ -515,16 +515,20 @@ class AsyncClient:
             The names of which there is no such stream.
 
         Raises:
-            StreamRefused: when the server refuses one for another reason; the others are closed or parked.
+            StreamRefused: when the server refused one for another reason; the others are closed or parked.
             Refused: NOT_ALLOWED without the role of an operator.
         """
-        missing, names = [], good_names(names)
+        missing, names = list[str](), good_names(names)
+        refused: StreamRefused | None = None
         for first in range(0, len(names), _PAGE):
             part = names[first : first + _PAGE]
             for failure in await self._driver.wait(self._session.remove(part, park)):
-                if failure.code not in (Code.UNKNOWN_STREAM, Code.EXPIRED):
-                    raise StreamRefused(failure.code, failure.sentence, part[failure.column])
-                missing.append(part[failure.column])
+                if failure.code in (Code.UNKNOWN_STREAM, Code.EXPIRED):
+                    missing.append(part[failure.column])
+                else:
+                    refused = refused or StreamRefused(failure.code, failure.sentence, part[failure.column])
+        if refused is not None:
+            raise refused
         return missing
 
     async def list_models(self) -> list[ServedModel]:

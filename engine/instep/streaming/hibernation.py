@@ -448,15 +448,22 @@ class Hibernation(Mapping[str, Sleeper]):
         for name in looked_at:
             if (asleep := self._asleep.get(name)) is None:
                 continue
-            _, owner, since_ns, handle, _ = asleep
+            owner, since_ns = asleep.owner, asleep.since_ns
             if owner is not None and not origins.is_connected(owner):
-                self._engine.asleep.pop(handle, None)
-                self._asleep[name] = asleep._replace(owner=None, since_ns=now_ns, handle=0)
+                self.park([name], now_ns)
             elif (owner is None or limits.max_idle_ns) and now_ns - since_ns > (
                 limits.park_ns if owner is None else limits.max_idle_ns
             ):
                 old[name] = None
         return [name for name in old if name not in self._busy]
+
+    def park(self, names: Names, now_ns: int) -> list[tuple[Origin, U64]]:
+        """Take hibernating streams from their owners, and return these, each with its handle."""
+        owned = {name: asleep for name in names if (asleep := self._asleep.get(name)) and asleep.owner is not None}
+        for name, asleep in owned.items():
+            self._engine.asleep.pop(asleep.handle, None)
+            self._asleep[name] = asleep._replace(owner=None, since_ns=now_ns, handle=0)
+        return _owners(owned.values())
 
     async def _expire(self, names: list[str]) -> None:
         """Close streams; later requests for them get EXPIRED."""
@@ -472,23 +479,29 @@ class Hibernation(Mapping[str, Sleeper]):
             self._engine.stats.evicted("expired", len(streams))
             self._engine.origins.notify(_owners(asleep[stream.name] for stream in streams), Code.EXPIRED)
 
-    async def close(self, handles: Mapping[str, int], have: Mapping[str, int]) -> dict[str, tuple[Code | None, U8]]:
+    async def close(
+        self, have: Mapping[str, int], handles: Mapping[str, int] | None = None
+    ) -> dict[str, tuple[Code | None, U8]]:
         """Close streams without waking them.
 
         Args:
-            handles: by name, the owner's handles.
             have: by name, the seq below which the owner has every output or gives it up.
+            handles: by name, the owner's handles; None for an operator, of whom the owners are notified.
 
         Returns:
             By name, for streams that hibernated: the code of a refusal or None, and the final state, uint8 [row_bytes].
         """
         nothing = self._states.spec.missing(1)[0]
         closed: dict[str, tuple[Code | None, U8]] = {}
-        names = [name for name in await self._sleepers(list(have), set()) if self._asleep[name].handle == handles[name]]
+        names = await self._sleepers(list(have), set())
+        if handles is not None:
+            names = [name for name in names if self._asleep[name].handle == handles[name]]
         with self._reading(names):
             for first in range(0, len(names), _AT_ONCE):
                 part = {name: self._asleep[name] for name in names[first : first + _AT_ONCE]}
                 streams, refused = await self._end(part, "closed", "closed", have)
+                if handles is None:
+                    self._engine.origins.notify(_owners(part[each.name] for each in streams), Code.BY_OPERATOR)
                 closed |= {name: (code, nothing) for name, code in refused.items()}
                 rows = self._rows(streams)
                 closed |= {stream.name: (None, row) for stream, row in zip(streams, rows, strict=True)}

@@ -22,7 +22,7 @@ from instep.streaming.hibernation import Hibernation
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EventKind
 from instep.streaming.tasks import Tasks
-from instep_client.protocol.codes import Code
+from instep_client.protocol.codes import HAVE_ALL, Code
 
 _ENDS: Final[dict[str, EventKind]] = {"closed": "closed", "failed": "lost", "state_lost": "lost"}
 """By reason of an end, the kind of its event, unless that is `evicted`."""
@@ -288,7 +288,7 @@ class StreamOperations:
         if asleep := self._asleep(origin, handles):
             named = {name: int(handles[place]) for place, (name, _) in asleep.items()}
             wants = {name: int(have[place]) for place, (name, _) in asleep.items()}
-            closed = await self.hibernation.close(named, wants)
+            closed = await self.hibernation.close(wants, named)
             for place, (name, _) in asleep.items():
                 if name in closed:
                     code, states[place] = closed[name]
@@ -325,24 +325,34 @@ class StreamOperations:
             int32 [N], 0 where it was done.
 
         Raises:
-            Refusal: two of the names are the same.
+            Refusal: two of the names are the same, or a parked stream would end at once.
         """
         if len(set(names)) < len(names):
             raise Refusal(Code.REPEATED_STREAM)
-        codes = await self.hibernation.wake(names)
-        slots = self._table.find(names)
-        codes[(codes == 0) & ((slots == SCRATCH_SLOT) | self._table.closing[slots])] = Code.UNKNOWN_STREAM
-        slots = slots[codes == 0]
-        if not len(slots):
-            return codes
-        owners = self._origins.owners(self._table, slots)
+        if park and not self.hibernation.limits.park_ns:
+            sentence = "limits.park_s is 0, so a parked stream would end at once: close it, or have the limit raised"
+            raise Refusal(Code.NOT_ALLOWED, sentence=sentence)
+        found, now_ns = dict[str, int](), time.monotonic_ns()
         if park:
-            self.park(slots[self._table.owner[slots] != self._table.parked], time.monotonic_ns())
-            await self._journal.durable(self._journal.newest)
+            found = dict.fromkeys(filter(self.hibernation.__contains__, names), 0)
+            self._origins.notify(self.hibernation.park(names, now_ns), Code.BY_OPERATOR)
         else:
+            # Others go to sleep while these are closed.
+            while asleep := {name: HAVE_ALL for name in names if name in self.hibernation and name not in found}:
+                closed = await self.hibernation.close(asleep)
+                found |= {name: code or 0 for name, (code, _) in closed.items()}
+        codes = np.array([found.get(name, Code.UNKNOWN_STREAM) for name in names], np.int32)
+        slots = self._table.find(names)
+        is_here = (codes == Code.UNKNOWN_STREAM) & (slots != SCRATCH_SLOT) & ~self._table.closing[slots]
+        slots, codes[is_here] = slots[is_here], 0
+        # Not later: what else its owner sends is refused, and this tells it why.
+        self._origins.notify(self._origins.owners(self._table, slots), Code.BY_OPERATOR)
+        if park:
+            self.park(slots[self._table.owner[slots] != self._table.parked], now_ns)
+            await self._journal.durable(self._journal.newest)
+        elif len(slots):
             _, lost = await self._end(slots, "closed")
-            codes[codes == 0] = np.where(lost, Code.STATE_LOST, 0)
-        self._origins.notify(owners, Code.BY_OPERATOR)
+            codes[is_here] = np.where(lost, Code.STATE_LOST, 0)
         return codes
 
     def park(self, slots: I64, now_ns: int) -> None:
