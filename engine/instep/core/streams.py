@@ -195,6 +195,10 @@ class StreamTable:
         """How many streams count towards a principal."""
         return int(np.count_nonzero((self.principal == principal) & (self.owner != NO_OWNER)))
 
+    def counts(self) -> I64:
+        """How many streams count towards each principal, by its number."""
+        return np.bincount(self.principal[self.owner != NO_OWNER])
+
     def open_slots(self) -> I64:
         """Slots of all open streams, including closing ones: int64 [N], rising."""
         return np.flatnonzero(self.owner != NO_OWNER)

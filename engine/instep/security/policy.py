@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import Enum, auto
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 from typing import Final
 
 from instep.security.principals import Principal, Role
@@ -49,7 +51,12 @@ def allowed(principal: Principal, verb: Verb, *names: str) -> bool:
     if verb is Verb.HELLO:
         return principal.models is None or principal.models.issuperset(names)
     patterns = principal.streams
-    return "*" in patterns or all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in names)
+    return "*" in patterns or all(map(_compiled(patterns).match, names))
+
+
+@lru_cache(4096)
+def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, patterns)))
 
 
 def allowed_to_see(principal: Principal, name: str) -> bool:

@@ -35,10 +35,9 @@ class Usage:
     """Frames that it may send now; below 0 after a block larger than that."""
     _counted_ns: int = 0
 
-    def as_record(self) -> tuple[int, ...]:
-        """The fields of `wire.PRINCIPAL`."""
-        held = self.frames_total, self.refused_total, self.kept_bytes, self.connections
-        return *held, self.count_of(self.number)
+    def as_record(self, streams: int) -> tuple[int, ...]:
+        """The fields of `wire.PRINCIPAL`; the count of its open streams is the last."""
+        return self.frames_total, self.refused_total, self.kept_bytes, self.connections, streams
 
     @property
     def is_full(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -60,6 +61,10 @@ class Listing:
     def count_of(self, principal: int) -> int:
         """How many streams count towards a principal, in memory and hibernating."""
         return self._table.count_of(principal) + self._hibernation.count_of[principal]
+
+    def counts(self) -> Counter[int]:
+        """The counts of all principals at once."""
+        return Counter(dict(enumerate(self._table.counts().tolist()))) + self._hibernation.count_of
 
     def find(self, name: str, now_ns: int) -> StreamStatus | None:
         """The open stream of a name, if it exists; `now_ns` is on the monotonic clock."""

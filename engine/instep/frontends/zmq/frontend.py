@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -272,7 +273,7 @@ class ZmqFrontend:
                 page = served.service.listing.page(cursor, most, place, accepts, now_ns)
                 self._outbound.send(peer, encode.listed(header.request, page))
             case Kind.STATS:
-                used = {name: each for name, each in self.used().items() if allowed_to_see(peer.principal, name)}
+                used = self.used(peer.principal)
                 self._outbound.send(peer, encode.statistics(header.request, served.service.numbers(), used))
             case Kind.MODELS:
                 may_use = self._may_use(peer.principal)
@@ -286,8 +287,10 @@ class ZmqFrontend:
     def _may_use(self, principal: Principal) -> Callable[[str], bool]:
         return partial(allowed, principal, Verb.HELLO)
 
-    def used(self) -> dict[str, tuple[int, ...]]:
-        return {usage.principal.name: usage.as_record() for usage in self._usages}
+    def used(self, asker: Principal = LOCAL) -> dict[str, tuple[int, ...]]:
+        counts = sum((each.service.listing.counts() for each in self._models), Counter[int]())
+        shown = [each for each in self._usages if allowed_to_see(asker, each.principal.name)]
+        return {each.principal.name: each.as_record(counts[each.number]) for each in shown}
 
     def _check_unread(self, peer: Peer) -> None:
         if peer.usage.is_full:
