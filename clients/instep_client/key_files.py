@@ -29,7 +29,7 @@ def read_public_key(path: Path) -> str:
     Raises:
         InvalidInput: the file cannot be read, holds no public key, or holds a secret one.
     """
-    keys = _read_keys(path, forbidden=0)
+    keys, _ = _read_keys(path)
     if "secret" in keys:
         raise InvalidInput(f"{path} holds a secret key, and a public one belongs here: give NAME.key next to it")
     return keys["public"]
@@ -41,9 +41,11 @@ def read_key_pair(path: Path) -> tuple[str, str]:
     Raises:
         InvalidInput: the file cannot be read, other users can read it, or it holds no secret key.
     """
-    keys = _read_keys(path, forbidden=0o077)
+    keys, mode = _read_keys(path)
     if "secret" not in keys:
         raise InvalidInput(f"{path} holds no secret key, which belongs here: give NAME.key_secret next to it")
+    if mode & 0o077:
+        raise InvalidInput(f"other users can read {path}: chmod go-rwx {path}")
     return keys["public"], keys["secret"]
 
 
@@ -65,25 +67,26 @@ def read_client_keys(key_file: str | Path | None, server_key: str | Path | None)
     return server, *read_key_pair(Path(key_file))
 
 
-def _read_keys(path: Path, forbidden: int) -> dict[str, str]:
-    found = [_KEY.fullmatch(line) for line in read_text(path, forbidden).split("\n")]
+def _read_keys(path: Path) -> tuple[dict[str, str], int]:
+    text, mode = read_text(path)
+    found = [_KEY.fullmatch(line) for line in text.split("\n")]
     keys = {match[1]: match[2] for match in found if match}
     if "public" not in keys or not all(map(is_key, keys.values())):
         raise InvalidInput(f"{path} is not a key file: make a pair of them with `instep keys new NAME`")
-    return keys
+    return keys, mode
 
 
-def read_text(path: Path, forbidden: int = 0) -> str:
-    """Read a regular file of at most 1 MiB; `forbidden` are the bits that its mode may not have.
+def read_text(path: Path) -> tuple[str, int]:
+    """Read a regular file of at most 1 MiB, and its mode.
 
     Raises:
         InvalidInput: the file is something else, or cannot be read within 2 s.
     """
-    found: list[str | Exception] = []
+    found: list[tuple[str, int] | Exception] = []
 
     def read() -> None:
         try:
-            found.append(_read_text(path, forbidden))
+            found.append(_read_text(path))
         except Exception as error:
             found.append(error)
 
@@ -91,8 +94,8 @@ def read_text(path: Path, forbidden: int = 0) -> str:
     thread.start()
     thread.join(_READ_WITHIN_S)
     match found:
-        case [str() as text]:
-            return text
+        case [(text, mode)]:
+            return text, mode
         case [InvalidInput() as error]:
             raise error
         case [OSError() as error]:
@@ -102,16 +105,13 @@ def read_text(path: Path, forbidden: int = 0) -> str:
     raise InvalidInput(f"{path} could not be read within {_READ_WITHIN_S:g} s: put it on a local disk")
 
 
-def _read_text(path: Path, forbidden: int) -> str:
+def _read_text(path: Path) -> tuple[str, int]:
     # Without O_NONBLOCK, a FIFO would wait for a writer.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise InvalidInput(f"{path} is not a regular file")
-        if status.st_mode & forbidden:
-            verb, cure = ("read", "go-rwx") if forbidden & 0o004 else ("change", "go-w")
-            raise InvalidInput(f"other users can {verb} {path}: chmod {cure} {path}")
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
         raise InvalidInput(f"{path} is larger than {MAX_FILE_BYTES} bytes")
-    return content.decode()
+    return content.decode(), status.st_mode

@@ -222,10 +222,20 @@ async def test_a_broken_file_of_peers_changes_nothing_and_all_its_problems_are_l
             ring.write(mic={"role": "king"}, other={"quotas": {"streams": "many"}})
             _, *lines = reread(server)
             assert [line["event"] for line in lines] == ["peers not reloaded"] * 2
-            assert "mic.role" in server.outdated
+            assert "peers_file" in server.outdated
+            assert "mic" not in server.outdated
             assert (await client.ask(msgpack.packb([Kind.PING, 1]))).kind is Kind.PONG
         async with RawClient(server.endpoint, curve=ring.curve("other")) as client:
             await client.hello()
+
+
+async def test_an_empty_file_of_peers_ends_all_connections_and_names_of_no_model_are_warned_of(ring: KeyRing) -> None:
+    async with running(SMALL, transport=ring.transport) as server:
+        ring.write(mic={"models": ["nosuch"]})
+        assert reread(server)[-1]["models"] == ["nosuch"]
+        ring.peers_file.write_text("# nobody\n")
+        _, line, warning = reread(server)
+        assert (line["peers"], warning["event"]) == (0, "nobody may connect")
 
 
 async def test_an_exception_in_the_authenticator_refuses_one_handshake(

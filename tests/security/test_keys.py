@@ -96,6 +96,20 @@ def test_a_secret_file_that_is_not_one_is_refused_with_nothing_of_it(tmp_path: P
     assert secret.decode()[1:6] not in problem
 
 
+def test_the_content_of_a_key_file_is_told_before_its_rights(tmp_path: Path) -> None:
+    public, _ = make_key_pair("mic", tmp_path)
+    with pytest.raises(InvalidInput, match="key_secret"):
+        read_key_pair(public)
+
+
+@pytest.mark.parametrize("text", ["", "# mic-1: gone\n"])
+def test_an_empty_file_of_peers_admits_nobody(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "peers.yaml"
+    file.write_text(text)
+    file.chmod(0o600)
+    assert not Principals.read(file).by_key
+
+
 def test_a_secret_where_a_public_key_belongs_is_refused_with_nothing_of_it(tmp_path: Path) -> None:
     _, secret = make_key_pair("mic", tmp_path)
     with pytest.raises(InvalidInput) as refused:
@@ -119,6 +133,9 @@ def test_all_problems_of_both_files_are_told(tmp_path: Path) -> None:
     [
         ("mic: {role: producer}", "mic.key"),
         ("mic: {key: 'secret-of-mine', role: producer}", "mic.key"),
+        ("mic: {'secret-of-mine': 1}", "mic.key"),
+        ("mic: {role: reader, quotas: {'secret-of-mine': 1}}", "mic.quotas"),
+        ("mic: {}\nother: {}\nmic: {}", "mic is there twice (line 3)"),
         ("default: {role: reader}", "default"),
         ("'a b': {}", "name"),
         ("[secret-of-mine]", "NAME"),

@@ -54,7 +54,7 @@ def load_model(folder: str | Path) -> Model:
         raise ModelError(": ".join(problem))
     try:
         written_ns = _written_ns(path)
-        content = read_text(path)
+        content, _ = read_text(path)
     except (InvalidInput, OSError) as error:
         raise ModelError(
             f"{error}; a model folder holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and instep.models.save_model or "

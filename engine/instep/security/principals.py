@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from instep.config.loading import UniqueKeyLoader
+from instep.config.loading import RepeatedKey, UniqueKeyLoader
 from instep.config.sections import Section
 from instep.models.errors import in_line
 from instep_client.key_files import is_key, read_text
@@ -21,6 +21,18 @@ from instep_client.protocol.errors import InvalidInput
 DEFAULT: Final = "default"
 """The entry whose quotas hold for everybody who has none of their own."""
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+_FIELD: Final = re.compile(r"[a-z_]{1,20}|[0-9]{1,5}")
+_WORDS: Final = {
+    "extra_forbidden": "there is no such field",
+    "invalid_key": "there is no such field",
+    "missing": "it is missing",
+    "frozen_set_type": "expected a list of names",
+    "tuple_type": "expected a pattern, or a list of them",
+    "model_type": "expected {FIELD: VALUE}",
+}
+"""Sentences in place of those of pydantic, by its types of errors."""
 
 
 class KeysError(Exception):
@@ -103,15 +115,25 @@ class Principals:
     def read(cls, path: Path) -> Principals:
         """Read `NAME: {key: …, role: …, streams: …, models: …, quotas: {…}}` of each, and `default: {quotas: {…}}`.
 
+        Nobody may connect where the file is empty.
+
         Raises:
             KeysError: with every problem.
         """
         try:
-            entries = UniqueKeyLoader(read_text(path, forbidden=0o022)).get_single_data()
+            text, mode = read_text(path)
+            if mode & 0o022:
+                raise InvalidInput(f"other users can change {path}: chmod go-w {path}")
+            entries = UniqueKeyLoader(text).get_single_data()
         except InvalidInput as error:
             raise KeysError([f"transport.peers_file: {error}"]) from None
+        except RepeatedKey as error:
+            place = f"{_quoted(error.key, NAME)} is there twice (line {error.line})"
+            raise KeysError([f"transport.peers_file {path}: {place}"]) from None
         except Exception as error:  # also PyYAML's KeyErrors and AttributeErrors, and nesting that is too deep
             raise KeysError([f"transport.peers_file {path} is not YAML{in_line(error)}"]) from None
+        if entries is None:
+            entries = {}
         if not isinstance(entries, dict) or not all(isinstance(each, dict) for each in entries.values()):
             sentence = "expected a line NAME: {key: …, role: …} for each peer"
             raise KeysError([f"transport.peers_file {path}: {sentence}"])
@@ -136,7 +158,7 @@ def _parse(entries: dict[str, dict[str, Any]], problems: list[str]) -> list[Prin
     if not all(map(NAME.fullmatch, entries)):
         problems.append("a name has 1 to 64 letters, digits, dots, hyphens and underscores")
         return []
-    problems += [f"{name}.name: there is no such key" for name, entry in entries.items() if "name" in entry]
+    problems += [f"{name}.name: {_WORDS['extra_forbidden']}" for name, entry in entries.items() if "name" in entry]
     named = {name: {**entry, "name": name} for name, entry in entries.items()}
     try:
         file = _PeersFile.model_validate({DEFAULT: shared, **named})
@@ -151,5 +173,11 @@ def _parse(entries: dict[str, dict[str, Any]], problems: list[str]) -> list[Prin
 
 
 def _line(found: ErrorDetails) -> str:
-    message = "there is no such key" if found["type"] == "extra_forbidden" else found["msg"]
-    return f"{'.'.join(map(str, found['loc']))}: {message.removeprefix('Value error, ')}"
+    message = _WORDS.get(found["type"], found["msg"]).removeprefix("Value error, ")
+    name, *fields = map(str, found["loc"])
+    return f"{'.'.join([name, *(_quoted(each, _FIELD) for each in fields)])}: {message}"
+
+
+def _quoted(text: str, expected: re.Pattern[str]) -> str:
+    """A name of the file, unless it could be a key in the wrong place."""
+    return text if expected.fullmatch(text) else "…"

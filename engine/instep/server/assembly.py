@@ -87,7 +87,8 @@ def _make_server(
         stepper = make_stepper(each.prepared, config) if make_stepper is not None else None
         foundations.append(foundation := lay_foundation(config, each.prepared, forks=apart, stepper=stepper))
         undo.callback(foundation.executor.stop, 0.0)
-    router = Router(config.transport, ServerKeys.read(config.transport))
+    keys = ServerKeys.read(config.transport)
+    router = Router(config.transport, keys)
     undo.callback(router.close)
     tokens = read_tokens(config.http)
     listener = bind(config.http, log)
@@ -116,6 +117,7 @@ def _make_server(
     for service, writer, recovery in opened:
         record(service, writer, recovery, config, loop, shutdown)
     server = Server(config, shutdown, loop, models, log, supervision)
+    server.principals = None if keys is None else keys.principals
     for foundation, service, each in zip(foundations, services, planned, strict=True):
         served = make_served(config, foundation, service)
         if each.kept_as:

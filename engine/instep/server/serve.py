@@ -8,6 +8,7 @@ import gc
 import json
 import mmap
 import os
+import re
 import shlex
 import signal
 import socket
@@ -202,8 +203,10 @@ def _reload_peers(server: Server, log: structlog.stdlib.BoundLogger) -> None:
     try:
         principals = Principals.read(file)
         log.info("peers reloaded", peers=len(principals.by_name), connections_ended=server.admit(principals))
+        _warn_of_peers(server, log)
     except KeysError as error:
-        server.unread = "; ".join(filter(None, (server.unread, *error.problems)))
+        problem = "transport.peers_file was not reloaded: see the log"  # whoever asks /readyz needs no token
+        server.unread = "; ".join(filter(None, (server.unread, problem)))
         for problem in error.problems:
             log.error("peers not reloaded", reason=problem)
 
@@ -395,5 +398,21 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
             max_streams=server.config.engine.max_streams,
         )
     admin = {} if server.admin is None else {"http": server.admin.url}
-    asks = f"instep-client ping -e {shlex.quote(server.endpoint)}"
-    log.info("serving", endpoint=server.endpoint, **admin, next=asks)
+    endpoint = re.sub(r"//(0\.0\.0\.0|\*|\[::\]):", "//127.0.0.1:", server.endpoint)
+    asks, keys = f"ping -e {shlex.quote(endpoint)}", {}
+    if server.principals is not None and (key_file := server.config.transport.key_file) is not None:
+        keys = {"keys": "on", "peers": len(server.principals.by_name)}
+        asks = f"--key-file NAME.key_secret --server-key {shlex.quote(str(key_file.with_suffix('.key')))} {asks}"
+    log.info("serving", endpoint=server.endpoint, **admin, **keys, next=f"instep-client {asks}")
+    _warn_of_peers(server, log)
+
+
+def _warn_of_peers(server: Server, log: structlog.stdlib.BoundLogger) -> None:
+    if server.principals is None:
+        return
+    peers = server.principals.by_name.values()
+    if not peers:
+        log.warning("nobody may connect", reason="transport.peers_file names nobody", next="instep keys new NAME")
+    served = {each.service.name for each in server.models}
+    if unknown := {model for each in peers for model in each.models or ()} - served:
+        log.warning("peers may use models that are not served", models=sorted(unknown))

@@ -134,6 +134,8 @@ class Server:
         supervision: Supervision,
     ) -> None:
         self.config = config
+        self.principals: Principals | None = None
+        """Who may connect; None without keys."""
         self.unread = ""
         """The reason that the last configuration, apart from its models, is not in force; empty if it is."""
         self.unanswered_messages = 0
@@ -287,6 +289,7 @@ class Server:
 
     def admit(self, principals: Principals) -> int:
         """Let in who these are from now on; return the number of connections of others, which end."""
+        self.principals = principals
         return sum(frontend.admit(principals) for frontend in self._frontends)
 
     def stop(self, *, drain: bool = True) -> None:
