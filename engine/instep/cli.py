@@ -332,18 +332,24 @@ def new_keys(
 
     public, secret = make_key_pair(name, output)
     _console(stderr=True).print(f"wrote {public}, and {secret}, which is to stay secret", soft_wrap=True)
-    if server:
-        typer.echo(f"transport: {{key_file: {jsonlib.dumps(str(secret.resolve()))}, peers_file: peers.yaml}}")
-    else:
-        show_key(public)
+    show_key(secret if server else public)
 
 
 @keys_app.command("show", examples=["instep keys show keys/mic-7.key"])
-def show_key(file: Annotated[Path, typer.Argument(metavar="FILE", help="NAME.key.")]) -> None:
-    """Print the line of a public key for transport.peers_file, with the role of a producer."""
-    from instep_client.key_files import read_public_key
+def show_key(file: Annotated[Path, typer.Argument(metavar="FILE", help="NAME.key or NAME.key_secret.")]) -> None:
+    """Print the line of a public key for transport.peers_file, or the settings of a server with a secret key.
 
-    typer.echo(f'{file.stem}: {{key: "{read_public_key(file)}", role: producer}}')
+    The line is that of a producer that may use the streams NAME and NAME-*.
+    """
+    from instep_client.key_files import read_key_pair, read_public_key
+
+    if file.suffix == ".key_secret":
+        read_key_pair(file)
+        typer.echo(f"transport: {{key_file: {jsonlib.dumps(str(file.resolve()))}, peers_file: peers.yaml}}")
+        return
+    typer.echo(
+        f'{file.stem}: {{key: "{read_public_key(file)}", role: producer, streams: ["{file.stem}", "{file.stem}-*"]}}'
+    )
 
 
 app.command(

@@ -54,7 +54,15 @@ def test_the_command_prints_a_line_that_the_file_of_peers_takes(tmp_path: Path) 
     (tmp_path / "peers.yaml").write_text(new.stdout)
     (tmp_path / "peers.yaml").chmod(0o600)
     principal = Principals.read(tmp_path / "peers.yaml").by_name["mic-7"]
+    assert principal.streams == ("mic-7", "mic-7-*")
     assert (principal.key, principal.role) == (read_public_key(tmp_path / "mic-7.key"), Role.PRODUCER)
+
+
+def test_the_command_prints_the_settings_of_a_server_with_a_secret_key(tmp_path: Path) -> None:
+    new = CliRunner().invoke(app, ["keys", "new", "s", "--server", "--output", str(tmp_path)])
+    show = CliRunner().invoke(app, ["keys", "show", str(tmp_path / "s.key_secret")])
+    assert new.stdout == show.stdout
+    assert str(tmp_path / "s.key_secret") in show.stdout
 
 
 def make_bad(path: Path, kind: str) -> None:

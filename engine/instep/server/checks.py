@@ -59,7 +59,7 @@ class Finding(NamedTuple):
 
 def before_loading(config: Config, *, restart: bool = False) -> Iterator[Finding]:
     """Check everything that needs no loaded model, without writing anything; `restart` is as in `serve.run`."""
-    for check in (_folders, _recording, _ports, _secrets, _memory, _disk, _cores, _open_files):
+    for check in (_folders, _recording, _audit, _ports, _secrets, _memory, _disk, _cores, _open_files):
         yield from check(config)
     if restart and config.transport.endpoint.endswith(":*"):
         sentence = "--restart needs a port"
@@ -202,6 +202,12 @@ def _recording(config: Config) -> Iterator[Finding]:
             check_file(place)
     except RecordingError as error:
         yield Finding("problem", with_advice(error), "")
+
+
+def _audit(config: Config) -> Iterator[Finding]:
+    file = config.audit.file
+    if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        yield Finding("problem", f"audit.file {file} cannot be written", "name a file where this user may write")
 
 
 def _ports(config: Config) -> Iterator[Finding]:

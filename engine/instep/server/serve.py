@@ -169,6 +169,8 @@ def reload(
         server.configure(_with_values(running, _changeable(wanted)))
         if server.admin is not None:
             server.admin.admit(tokens)
+            if tokens is not None:
+                log.info("tokens reloaded", tokens=len(tokens))
         server.loader.reload(wanted.model, lambda: kept.keep(server))
         level = wanted.log.level
         changed = dict(differences(running, wanted))

@@ -321,7 +321,8 @@ class ZmqFrontend:
     def _begin(self, peer: Peer, header: Header, parts: list[bytes]) -> bool:
         verb, handler = HANDLERS[header.kind]
         if not allowed(peer.principal, verb):
-            raise Refusal(Code.NOT_ALLOWED)
+            who = f"the key {peer.principal.name} has the role {peer.principal.role}"
+            raise Refusal(Code.NOT_ALLOWED, sentence=f"{who}, which may not {header.kind.name}")
         if peer.requests >= _MOST_REQUESTS - self._requests:
             raise Refusal(Code.BUSY, "too many requests on streams are under way", _BUSY_RETRY_US)
         self._check_unread(peer)
