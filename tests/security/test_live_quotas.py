@@ -8,6 +8,8 @@ from pathlib import Path
 import msgpack
 import numpy as np
 
+from instep.security.principals import Principals
+from instep_client import AsyncClient
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind
 from tests.support.keys import KeyRing
@@ -89,7 +91,7 @@ async def test_frames_beyond_the_rate_wait_as_long_as_the_answer_says(tmp_path: 
 
 
 async def test_whoever_reads_nothing_gets_no_more_until_it_has_read(tmp_path: Path) -> None:
-    keys = ring(tmp_path, unread_bytes=2000)
+    keys = ring(tmp_path, unread_bytes=1500)
     async with (
         running(SMALL, transport=keys.transport) as server,
         RawClient(server.endpoint, curve=keys.curve("ann")) as ann,
@@ -105,4 +107,39 @@ async def test_whoever_reads_nothing_gets_no_more_until_it_has_read(tmp_path: Pa
         assert (await ann.step(handles, [0], FRAMES)).code is Code.BUSY  # it has said nothing
         await ann.send(msgpack.packb([Kind.PONG, header[1]]))
         assert (await ann.step(handles, [0], FRAMES)).kind is Kind.STEPPED
-        assert server.used()["ann"][2] < 2000
+        assert server.used()["ann"][2] < 1500
+
+
+async def test_whoever_reads_is_not_refused_whatever_other_connections_have_not_confirmed(tmp_path: Path) -> None:
+    keys = ring(tmp_path, unread_bytes=100_000)
+    async with (
+        running(SMALL, transport=keys.transport) as server,
+        AsyncClient(server.endpoint, **keys.of_client("ann")) as one,
+        AsyncClient(server.endpoint, **keys.of_client("ann")) as other,
+    ):
+        for stream in (await one.open("a"), await other.open("b")):
+            for _ in range(100):
+                await stream.step(np.zeros((50, 5), np.float32))
+        assert server.used()["ann"][1] == 0
+
+
+async def test_a_refusal_asks_all_connections_whether_they_have_read(tmp_path: Path) -> None:
+    keys = ring(tmp_path, unread_bytes=100_000)
+    async with (
+        running(SMALL, transport=keys.transport) as server,
+        RawClient(server.endpoint, curve=keys.curve("ann")) as ann,
+        RawClient(server.endpoint, curve=keys.curve("ann")) as idle,
+    ):
+        await ann.hello()
+        await idle.hello()
+        handles = (await ann.open("a")).handles()
+        await idle.statistics()
+        keys.write(ann={"quotas": {"unread_bytes": 2000}})  # fewer than it has not confirmed
+        server.admit(Principals.read(keys.peers_file))
+        assert (await ann.step(handles, [0], FRAMES)).code is Code.BUSY
+        assert await idle.socket.poll(10_000)
+        header, _ = parts(await idle.socket.recv_multipart())
+        await idle.send(msgpack.packb([Kind.PONG, header[1]]))
+        async with asyncio.timeout(10):
+            while (await ann.step(handles, [0], FRAMES)).kind is not Kind.STEPPED:
+                await asyncio.sleep(0.01)

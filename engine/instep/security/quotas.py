@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -44,6 +45,12 @@ class Usage:
         """Whether it has to read before it is given more."""
         most = self.principal.quotas.unread_bytes
         return most is not None and self.kept_bytes > most
+
+    @property
+    def share_bytes(self) -> float:
+        """What a connection may be sent before it is asked whether it reads, so that a quota is not full of guesses."""
+        most = self.principal.quotas.unread_bytes
+        return math.inf if most is None else most / 4 / max(1, self.connections)
 
     def check_connections(self) -> None:
         """There is to be one more connection."""

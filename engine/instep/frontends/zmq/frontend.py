@@ -294,7 +294,7 @@ class ZmqFrontend:
 
     def _check_unread(self, peer: Peer) -> None:
         if peer.usage.is_full:
-            self._outbound.ask(peer)
+            self._outbound.ask_all_of(peer.usage)
             peer.usage.check_unread()
 
     def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, error: Exception) -> None:

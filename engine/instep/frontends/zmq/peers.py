@@ -130,6 +130,7 @@ class Outbound:
         self._blocked: dict[Peer, None] = {}
         """Peers with an outbox, in the order in which they were blocked."""
         self._peers: dict[bytes, Peer] = {}
+        self._peers_of: dict[Usage, dict[Peer, None]] = {}
         self._unreachable: set[Peer] = set()
         """Peers that were disconnected when `ask_all` last asked them."""
         self._ask_every_bytes = max_unread_bytes // 2
@@ -154,6 +155,7 @@ class Outbound:
     def add(self, peer: Peer) -> None:
         """Add a connection that has said HELLO."""
         self._peers[peer.routing_id] = peer
+        self._peers_of.setdefault(peer.usage, {})[peer] = None
         peer.usage.connections += 1
         self._share()
 
@@ -214,7 +216,8 @@ class Outbound:
             peer.sent_bytes += size
             peer.usage.kept_bytes += size
             self.unread_bytes += size
-            if peer.sent_bytes - peer.asked_bytes > self._ask_every_bytes:
+            unasked = peer.sent_bytes - peer.asked_bytes
+            if unasked > self._ask_every_bytes or (peer.usage.number and unasked > peer.usage.share_bytes):
                 self._ask(peer)
         return sent
 
@@ -222,6 +225,11 @@ class Outbound:
         """Ask a peer how much it has read, unless it has been sent nothing since it was asked."""
         if peer.asked_bytes < peer.sent_bytes:
             self._ask(peer)
+
+    def ask_all_of(self, usage: Usage) -> None:
+        """The same for all connections of a principal."""
+        for peer in self._peers_of[usage]:
+            self.ask(peer)
 
     def _ask(self, peer: Peer) -> Sent:
         is_asked = peer.asked and peer.asked_bytes == peer.sent_bytes
@@ -295,6 +303,9 @@ class Outbound:
             return
         peer.is_gone = True
         peer.usage.connections -= 1
+        del self._peers_of[peer.usage][peer]
+        if not self._peers_of[peer.usage]:
+            del self._peers_of[peer.usage]
         peer.usage.kept_bytes -= peer.outbox_bytes + peer.sent_bytes - peer.read_bytes
         self.total_bytes -= peer.outbox_bytes
         self.unread_bytes -= peer.sent_bytes - peer.read_bytes
