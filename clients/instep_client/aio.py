@@ -311,8 +311,8 @@ class AsyncClient:
             model: the name of the model; None for $INSTEP_MODEL, or else the server's default. A connection belongs to
                 one model.
             wait: wait up to `timeout_s` for a server that does not listen yet, instead of failing at once.
-            key_file: this client's NAME.key_secret, for a server with keys; None for $INSTEP_KEY_FILE, or else none.
-            server_key: the server's public key, or the file that holds it; None for $INSTEP_SERVER_KEY.
+            key_file: this client's NAME.key_secret, for a server with keys; None for $INSTEP_KEY_FILE, empty for none.
+            server_key: the server's public key, or the file that holds it; None for $INSTEP_SERVER_KEY, empty for none.
 
         Raises:
             InvalidInput: for a bad endpoint, name, model, time or key file.
@@ -321,8 +321,10 @@ class AsyncClient:
             endpoint = os.environ.get("INSTEP_ENDPOINT", DEFAULT_ENDPOINT)
         if model is None:
             model = os.environ.get("INSTEP_MODEL", "")
-        key_file = key_file or os.environ.get("INSTEP_KEY_FILE")
-        server_key = server_key or os.environ.get("INSTEP_SERVER_KEY")
+        if key_file is None:
+            key_file = os.environ.get("INSTEP_KEY_FILE")
+        if server_key is None:
+            server_key = os.environ.get("INSTEP_SERVER_KEY")
         self._session = Session(endpoint, name, timeout_s, reconnect_s, model=model)
         self._driver = Driver(self._session, read_client_keys(key_file, server_key))
         self._wait = wait

@@ -310,13 +310,18 @@ class Driver:
 
 
 def _why_handshake_failed(event: int, status: int, keys: ClientKeys | None, endpoint: str) -> tuple[str, bool]:
-    """A sentence, and whether another handshake would fail, too; without detail, the server may just have ended."""
+    """A sentence, and whether another handshake would fail, too.
+
+    Without detail, something accepts connections and ends them, as a server does that ends. What that has to do with
+    keys can only be told to a client that has some.
+    """
     is_final = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and status == _UNKNOWN_KEY:
         return f"the server at {endpoint} does not know this client's key: its operator can add it to peers_file", True
     if keys is None:
-        return f"the server at {endpoint} wants a key: give key_file and server_key", is_final
-    return f"the server at {endpoint} is not the one whose key you gave as server_key, or it has no keys", is_final
+        return (f"the server at {endpoint} wants a key: give key_file and server_key" if is_final else ""), is_final
+    why = "is not the one whose key you gave as server_key, or it has no keys, or something else answers there"
+    return f"the server at {endpoint} {why}", is_final
 
 
 async def nothing_listens(endpoint: str) -> bool:

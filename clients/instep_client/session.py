@@ -149,8 +149,8 @@ class Session:
             ClientClosed,
             "the client is not connected: use `async with`, or await client.connect()",
         )
-        self._silent_because = ""
-        """Why the server may not answer: a handshake that failed."""
+        self._silent_because: str | None = None
+        """Why the server may not answer: a handshake that failed; empty if the reason is unknown."""
         self._wants_socket = False
         self._postponed: dict[Request[Any], None] = {}
         """Requests to ask, or ask again, over the next connection."""
@@ -184,7 +184,7 @@ class Session:
             self._silent_because = why
             if is_final:
                 self.fail(HandshakeFailed, why)
-        elif self.state is RECONNECTING:
+        elif self.state is RECONNECTING and why:
             self.attempts.why = why
 
     def take_reconnect(self) -> bool:
@@ -225,6 +225,8 @@ class Session:
                 )
             if self.state is GREETING and self._silent_because:
                 self.fail(HandshakeFailed, self._silent_because)
+            if self.state is GREETING and self._silent_because is not None:
+                asks += ", or does it want a key"
             self.lose(f"nobody answers at {self.endpoint} (waited {self._silence.timeout_s:g} s); {asks}?")
 
     def deadline(self) -> float | None:

@@ -35,7 +35,8 @@ class Target(NamedTuple):
     def client(self, name: str, reconnect_s: float = RECONNECT_S) -> AsyncClient:
         """A client of the target, to be connected."""
         own = f"instep-client {name}", PATIENCE_S, reconnect_s
-        return AsyncClient(self.endpoint, *own, model=self.model, key_file=self.key_file, server_key=self.server_key)
+        key_file, server_key = self.key_file or None, self.server_key or None
+        return AsyncClient(self.endpoint, *own, model=self.model, key_file=key_file, server_key=server_key)
 
 
 def leave_warnings_out() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from instep_client import AsyncClient, Client, HandshakeFailed, InvalidInput, Refused, StreamEvicted
+from instep_client import AsyncClient, Client, ConnectionFailed, HandshakeFailed, InvalidInput, Refused, StreamEvicted
 from instep_client.protocol.codes import Code
 from tests.support.keys import KeyRing
 from tests.support.models import SMALL, whole
@@ -44,6 +44,14 @@ async def test_whatever_is_wrong_with_the_keys_is_told_within_the_timeout_and_to
         server_key = keys.make("server")[0]
         async with AsyncClient(locked.endpoint, **{**keys.of_client("mic"), "server_key": server_key}) as client:
             assert client.info.model == SMALL.name
+
+
+async def test_nobody_without_keys_is_told_of_keys_by_what_only_accepts_connections() -> None:
+    async with await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0) as proxy:
+        port = proxy.sockets[0].getsockname()[1]
+        with pytest.raises(ConnectionFailed) as caught:
+            await AsyncClient(f"tcp://127.0.0.1:{port}", timeout_s=0.5).connect()
+    assert type(caught.value) is ConnectionFailed
 
 
 def test_key_files_are_given_together_and_are_what_they_should_be(keys: KeyRing) -> None:
