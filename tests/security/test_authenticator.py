@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -54,10 +55,10 @@ async def until(condition: Any) -> None:
         await asyncio.sleep(0.01)
 
 
-def reread(server: Server) -> list[dict[str, Any]]:
+async def reread(server: Server) -> list[dict[str, Any]]:
     """SIGHUP; what it logs."""
     told: list[dict[str, Any]] = []
-    reload(server, lambda: server.config, Threshold("info"), log_into(told), Kept())
+    await reload(server, lambda: server.config, Threshold("info"), log_into(told), Kept())
     return told
 
 
@@ -130,7 +131,17 @@ async def test_strangers_beyond_the_bound_are_disconnected_and_clients_are_serve
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://127.0.0.1:*", "ipc://{folder}/socket"])
-async def test_a_connection_without_an_accepted_hello_is_ended(ring: KeyRing, endpoint: str) -> None:
+async def test_a_connection_without_an_accepted_hello_is_ended(
+    ring: KeyRing, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failures = os.dup, [OSError(errno.EMFILE, "no descriptor is free")] * 3
+
+    def dup(descriptor: int) -> int:
+        if failures:
+            raise failures.pop()
+        return real(descriptor)
+
+    monkeypatch.setattr(os, "dup", dup)
     transport = {"endpoint": endpoint.format(folder=ring.folder), "handshake_timeout_s": 0.3}
     async with running(SMALL, transport={**ring.transport, **transport}) as server:
         async with RawClient(server.endpoint, curve=ring.curve("other")) as client:
@@ -162,7 +173,7 @@ async def test_a_key_whose_rights_change_loses_its_connections_and_its_streams_a
 
             ring.write(other={"quotas": {"connections": 5}}, **change)
             events = client.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            (_, line) = reread(server)
+            (_, line) = await reread(server)
             assert (line["event"], line["peers"], line["connections_ended"]) == ("peers reloaded", 1 + len(change), 1)
             assert (await client.receive()).kind is Kind.GOODBYE
             assert await events.poll(10_000)
@@ -206,12 +217,21 @@ async def test_sighup_ends_the_answers_to_a_withdrawn_key_and_another_goes_on_wi
             np.testing.assert_array_equal(reply.floats(), truth[seq])
 
 
+async def test_the_loop_goes_on_while_the_file_of_peers_is_read(ring: KeyRing, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(SMALL, transport=ring.transport) as server:
+        known, goes_on = Principals.read(ring.peers_file), threading.Event()
+        monkeypatch.setattr(Principals, "read", lambda _: goes_on.wait(10) and known)
+        asyncio.get_running_loop().call_soon(goes_on.set)
+        (*_, line) = await reread(server)
+        assert (line["event"], line["peers"]) == ("peers reloaded", 2)
+
+
 async def test_a_hello_of_a_key_that_was_withdrawn_meanwhile_is_refused(ring: KeyRing) -> None:
     async with running(SMALL, transport=ring.transport) as server:
         async with RawClient(server.endpoint, curve=ring.curve("mic")) as client:
             assert (await client.ask(msgpack.packb([Kind.PING, 1]))).code is Code.HELLO_FIRST
             ring.write(other={})
-            reread(server)
+            await reread(server)
             assert (await client.ask(*client.hello_message())).code is Code.NOT_ALLOWED
 
 
@@ -220,7 +240,7 @@ async def test_a_broken_file_of_peers_changes_nothing_and_all_its_problems_are_l
         async with RawClient(server.endpoint, curve=ring.curve("mic")) as client:
             await client.hello()
             ring.write(mic={"role": "king"}, other={"quotas": {"streams": "many"}})
-            _, *lines = reread(server)
+            _, *lines = await reread(server)
             assert [line["event"] for line in lines] == ["peers not reloaded"] * 2
             assert "peers_file" in server.outdated
             assert "mic" not in server.outdated
@@ -232,9 +252,9 @@ async def test_a_broken_file_of_peers_changes_nothing_and_all_its_problems_are_l
 async def test_an_empty_file_of_peers_ends_all_connections_and_names_of_no_model_are_warned_of(ring: KeyRing) -> None:
     async with running(SMALL, transport=ring.transport) as server:
         ring.write(mic={"models": ["nosuch"]})
-        assert reread(server)[-1]["models"] == ["nosuch"]
+        assert (await reread(server))[-1]["models"] == ["nosuch"]
         ring.peers_file.write_text("# nobody\n")
-        _, line, warning = reread(server)
+        _, line, warning = await reread(server)
         assert (line["peers"], warning["event"]) == (0, "nobody may connect")
 
 

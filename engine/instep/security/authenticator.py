@@ -177,9 +177,19 @@ class Authenticator:
                 self._disconnect(descriptor)
 
     def _disconnect(self, descriptor: int) -> None:
-        """End a connection; ZeroMQ closes its descriptor. Never touch what has the number by now."""
-        del self._strangers[descriptor]
-        with contextlib.suppress(OSError), socketlib.socket(fileno=os.dup(descriptor)) as connection:
-            name = connection.getsockname()
-            if (name[1] if isinstance(name, tuple) else name) == self._place:
-                connection.shutdown(socketlib.SHUT_RDWR)
+        """End a connection; ZeroMQ closes its descriptor. Never touch what has the number by now.
+
+        Where that fails, as without a free descriptor, it is tried again.
+        """
+        with contextlib.suppress(OSError):
+            duplicate = os.dup(descriptor)
+            try:
+                connection = socketlib.socket(fileno=duplicate)
+            except OSError:
+                os.close(duplicate)
+                raise
+            with connection:
+                name = connection.getsockname()
+                if (name[1] if isinstance(name, tuple) else name) == self._place:
+                    connection.shutdown(socketlib.SHUT_RDWR)
+            del self._strangers[descriptor]

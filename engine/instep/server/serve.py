@@ -14,6 +14,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -38,6 +39,7 @@ from instep.server.models import UNDER_WAY
 from instep.server.preparation import CannotServe, Prepared, prepare
 from instep.server.server import Server
 from instep.server.supervisor import supervise
+from instep.streaming.tasks import Tasks, in_daemon_thread
 from instep.streaming.warm_up import warm_up
 
 
@@ -147,7 +149,7 @@ class Kept:
         return memoryview(self._shared)[1:][half * _KEPT_BYTES :][:_KEPT_BYTES]
 
 
-def reload(
+async def reload(
     server: Server,
     reread: Callable[[], Config],
     threshold: Threshold,
@@ -156,14 +158,15 @@ def reload(
 ) -> None:
     """Read the configuration again and apply the changeable keys; a broken one changes nothing.
 
+    Files are read in a thread, because their disk may be slow. One reload may be under way at a time.
+
     The changes are logged at any level, also those of models, which are under way; their success is logged later.
     `reread` raises ConfigError. `kept` gets the new values, and the models once they are accepted.
     """
     running, level = server.config, threshold.level
     threshold.level = "info"  # whoever sent the signal is told what came of it
     try:
-        wanted = reread()
-        tokens = read_tokens(running.http)
+        wanted, tokens = await in_daemon_thread(lambda: (reread(), read_tokens(running.http)), "instep-reload")
         models = {"model": server.loader.config}
         under_way = [text for path, text in differences(running.model_copy(update=models), wanted) if path in MODELS]
         server.configure(_with_values(running, _changeable(wanted)))
@@ -193,17 +196,18 @@ def reload(
         kept.keep(server)
         log.error("not reloaded", reason=server.unread)
     finally:
-        _reload_peers(server, log)
         threshold.level = level
+    await _reload_peers(server, threshold, log)
 
 
-def _reload_peers(server: Server, log: structlog.stdlib.BoundLogger) -> None:
+async def _reload_peers(server: Server, threshold: Threshold, log: structlog.stdlib.BoundLogger) -> None:
     """Read the file of peers again; a broken one changes nothing."""
     file = server.config.transport.peers_file
     if file is None:
         return
+    level, threshold.level = threshold.level, "info"
     try:
-        principals = Principals.read(file)
+        principals = await in_daemon_thread(partial(Principals.read, file), "instep-reload")
         log.info("peers reloaded", peers=len(principals.by_name), connections_ended=server.admit(principals))
         _warn_of_peers(server, log)
     except KeysError as error:
@@ -211,6 +215,8 @@ def _reload_peers(server: Server, log: structlog.stdlib.BoundLogger) -> None:
         server.unread = "; ".join(filter(None, (server.unread, problem)))
         for problem in error.problems:
             log.error("peers not reloaded", reason=problem)
+    finally:
+        threshold.level = level
 
 
 def differences(one: Config, other: Config) -> Iterator[tuple[str, str]]:
@@ -338,6 +344,11 @@ async def _serve(
         log.error("models not reloaded", reason=problem)
     log.debug("configuration", **config.model_dump(mode="json"))
     stops = 0
+    reloads, turn = Tasks(lambda error: log.error("bug in a reload", exc_info=error)), asyncio.Lock()
+
+    async def reload_in_turn() -> None:
+        async with turn:
+            await reload(server, start.reread, threshold, log, start.kept)
 
     def stop() -> None:
         nonlocal stops
@@ -353,7 +364,7 @@ async def _serve(
         if start.has_terminal and not _has_terminal():
             stop()
         else:
-            reload(server, start.reread, threshold, log, start.kept)
+            reloads.start(reload_in_turn())
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, stop)
