@@ -54,7 +54,9 @@ ClientKeys: TypeAlias = tuple[str, str, str]
 
 
 def read_client_keys(key_file: str | Path | None, server_key: str | Path | None) -> ClientKeys | None:
-    """Read NAME.key_secret of the client, and the server's public key, which may be given itself; None without both.
+    """Read NAME.key_secret of the client, and the server's public key, or NAME.key where there is such a file.
+
+    Without both it returns None.
 
     Raises:
         InvalidInput: a file cannot be used, or one of them is missing.
@@ -63,7 +65,8 @@ def read_client_keys(key_file: str | Path | None, server_key: str | Path | None)
         return None
     if not key_file or not server_key:
         raise InvalidInput("a client with keys has its own key_file and the server_key: give both")
-    server = str(server_key) if is_key(str(server_key)) else read_public_key(Path(server_key))
+    is_file = os.path.exists(server_key) or not is_key(str(server_key))
+    server = read_public_key(Path(server_key)) if is_file else str(server_key)
     return server, *read_key_pair(Path(key_file))
 
 

@@ -341,15 +341,16 @@ def show_key(file: Annotated[Path, typer.Argument(metavar="FILE", help="NAME.key
 
     The line is that of a producer that may use the streams NAME and NAME-*.
     """
+    from instep.security.keys import check_name
     from instep_client.key_files import read_key_pair, read_public_key
 
     if file.suffix == ".key_secret":
         read_key_pair(file)
         typer.echo(f"transport: {{key_file: {jsonlib.dumps(str(file.resolve()))}, peers_file: peers.yaml}}")
         return
-    typer.echo(
-        f'{file.stem}: {{key: "{read_public_key(file)}", role: producer, streams: ["{file.stem}", "{file.stem}-*"]}}'
-    )
+    name = file.stem
+    check_name(name)
+    typer.echo(f'"{name}": {{key: "{read_public_key(file)}", role: producer, streams: ["{name}", "{name}-*"]}}')
 
 
 app.command(

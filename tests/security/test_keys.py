@@ -15,7 +15,7 @@ from instep.cli import app
 from instep.config import TransportConfig
 from instep.security.keys import ServerKeys, make_key_pair
 from instep.security.principals import KeysError, Principals, Role
-from instep_client.key_files import MAX_FILE_BYTES, read_key_pair, read_public_key
+from instep_client.key_files import MAX_FILE_BYTES, read_client_keys, read_key_pair, read_public_key
 from instep_client.protocol.errors import InvalidInput
 from tests.support.keys import KeyRing
 
@@ -40,7 +40,7 @@ def test_no_file_is_overwritten(tmp_path: Path, name: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-@pytest.mark.parametrize("name", ["", "../mic", "a b", "x" * 65])
+@pytest.mark.parametrize("name", ["", "../mic", "a b", "x" * 65, "default"])
 def test_a_name_is_also_a_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(KeysError):
         make_key_pair(name, tmp_path)
@@ -48,14 +48,14 @@ def test_a_name_is_also_a_file(tmp_path: Path, name: str) -> None:
 
 def test_the_command_prints_a_line_that_the_file_of_peers_takes(tmp_path: Path) -> None:
     run = CliRunner()
-    new = run.invoke(app, ["keys", "new", "mic-7", "--output", str(tmp_path)])
-    show = run.invoke(app, ["keys", "show", str(tmp_path / "mic-7.key")])
+    new = run.invoke(app, ["keys", "new", "007", "--output", str(tmp_path)])
+    show = run.invoke(app, ["keys", "show", str(tmp_path / "007.key")])
     assert new.stdout == show.stdout
     (tmp_path / "peers.yaml").write_text(new.stdout)
     (tmp_path / "peers.yaml").chmod(0o600)
-    principal = Principals.read(tmp_path / "peers.yaml").by_name["mic-7"]
-    assert principal.streams == ("mic-7", "mic-7-*")
-    assert (principal.key, principal.role) == (read_public_key(tmp_path / "mic-7.key"), Role.PRODUCER)
+    principal = Principals.read(tmp_path / "peers.yaml").by_name["007"]
+    assert principal.streams == ("007", "007-*")
+    assert (principal.key, principal.role) == (read_public_key(tmp_path / "007.key"), Role.PRODUCER)
 
 
 def test_the_command_prints_the_settings_of_a_server_with_a_secret_key(tmp_path: Path) -> None:
@@ -125,6 +125,17 @@ def test_a_secret_where_a_public_key_belongs_is_refused_with_nothing_of_it(tmp_p
     assert read_key_pair(secret)[1] not in str(refused.value)
 
 
+def test_a_file_is_read_even_where_its_name_could_be_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    public, secret = make_key_pair("server", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    name = "x" * 36 + ".key"
+    public.rename(name)
+    found = read_client_keys(secret, name)
+    assert found is not None
+    assert found[0] == read_public_key(Path(name))
+    assert found[2] not in repr(ServerKeys(found[2], Principals({}, {})))
+
+
 def test_all_problems_of_both_files_are_told(tmp_path: Path) -> None:
     ring = KeyRing(tmp_path, mic={"role": "king"}, other={"streams": 5, "quotas": {"frames_per_s": True}})
     (tmp_path / "server.key_secret").unlink()
@@ -146,6 +157,7 @@ def test_all_problems_of_both_files_are_told(tmp_path: Path) -> None:
         ("mic: {}\nother: {}\nmic: {}", "mic is there twice (line 3)"),
         ("default: {role: reader}", "default"),
         ("'a b': {}", "name"),
+        ("007: {}", "name"),
         ("[secret-of-mine]", "NAME"),
         ("secret-of-mine: [", "line 1"),
         ("&a [*a, *a]", "NAME"),

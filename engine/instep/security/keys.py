@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import zmq
 
 from instep.config import TransportConfig
-from instep.security.principals import NAME, KeysError, Principals
+from instep.security.principals import DEFAULT, NAME, KeysError, Principals
 from instep_client.key_files import read_key_pair
 from instep_client.protocol.errors import InvalidInput
 
@@ -19,7 +19,7 @@ from instep_client.protocol.errors import InvalidInput
 class ServerKeys:
     """A server's secret key, and who may connect."""
 
-    secret: str
+    secret: str = field(repr=False)
     principals: Principals
 
     @classmethod
@@ -45,14 +45,24 @@ class ServerKeys:
         return cls(secret, principals)
 
 
+def check_name(name: str) -> None:
+    """Check the name of a principal.
+
+    Raises:
+        KeysError: when it is not one, or is that of the entry for everybody.
+    """
+    if not NAME.fullmatch(name) or name == DEFAULT:
+        use = f"use 1 to 64 letters, digits, dots, hyphens and underscores, and not {DEFAULT!r}"
+        raise KeysError([f"{name!r:.80} is not a name: {use}"])
+
+
 def make_key_pair(name: str, folder: Path) -> tuple[Path, Path]:
     """Write NAME.key, which anybody may read, and NAME.key_secret into a folder that only its owner may enter.
 
     Raises:
         KeysError: when the name is not one, a file of the name exists, or it cannot be written.
     """
-    if not NAME.fullmatch(name):
-        raise KeysError([f"{name!r:.80} is not a name: use 1 to 64 letters, digits, dots, hyphens and underscores"])
+    check_name(name)
     public_key, secret_key = (key.decode() for key in zmq.curve_keypair())
     public = f'metadata\n    name = "{name}"\ncurve\n    public-key = "{public_key}"\n'
     files = folder / f"{name}.key", folder / f"{name}.key_secret"

@@ -138,7 +138,7 @@ class Principals:
             sentence = "expected a line NAME: {key: …, role: …} for each peer"
             raise KeysError([f"transport.peers_file {path}: {sentence}"])
         problems: list[str] = []
-        found = _parse({str(name): entry for name, entry in entries.items()}, problems)
+        found = _parse(entries, problems)
         by_key = {each.key: each for each in found}
         others = [(each.name, by_key[each.key].name) for each in found if by_key[each.key] is not each]
         problems += [f"{one} and {other} have the same key" for one, other in others]
@@ -153,10 +153,12 @@ class _PeersFile(Section):
     default: _Default
 
 
-def _parse(entries: dict[str, dict[str, Any]], problems: list[str]) -> list[Principal]:
+def _parse(entries: dict[Any, dict[str, Any]], problems: list[str]) -> list[Principal]:
     shared = entries.pop(DEFAULT, {})
-    if not all(map(NAME.fullmatch, entries)):
-        problems.append("a name has 1 to 64 letters, digits, dots, hyphens and underscores")
+    if not all(isinstance(name, str) and NAME.fullmatch(name) for name in entries):
+        problems.append(
+            "a name has 1 to 64 letters, digits, dots, hyphens and underscores, in quotes if it has only digits"
+        )
         return []
     problems += [f"{name}.name: {_WORDS['extra_forbidden']}" for name, entry in entries.items() if "name" in entry]
     named = {name: {**entry, "name": name} for name, entry in entries.items()}
