@@ -41,10 +41,11 @@ def read_key_pair(path: Path) -> tuple[str, str]:
     Raises:
         InvalidInput: the file cannot be read, other users can read it, or it holds no secret key.
     """
-    keys, mode = _read_keys(path)
+    keys, status = _read_keys(path)
     if "secret" not in keys:
         raise InvalidInput(f"{path} holds no secret key, which belongs here: give NAME.key_secret next to it")
-    if mode & 0o077:
+    # Of a file that is root's, as a service manager or a container gives it, the group may be the reader's own.
+    if status.st_mode & (0o037 if status.st_uid == 0 else 0o077):
         raise InvalidInput(f"other users can read {path}: chmod go-rwx {path}")
     return keys["public"], keys["secret"]
 
@@ -70,22 +71,22 @@ def read_client_keys(key_file: str | Path | None, server_key: str | Path | None)
     return server, *read_key_pair(Path(key_file))
 
 
-def _read_keys(path: Path) -> tuple[dict[str, str], int]:
-    text, mode = read_text(path)
+def _read_keys(path: Path) -> tuple[dict[str, str], os.stat_result]:
+    text, status = read_text(path)
     found = [_KEY.fullmatch(line) for line in text.split("\n")]
     keys = {match[1]: match[2] for match in found if match}
     if "public" not in keys or not all(map(is_key, keys.values())):
         raise InvalidInput(f"{path} is not a key file: make a pair of them with `instep keys new NAME`")
-    return keys, mode
+    return keys, status
 
 
-def read_text(path: Path) -> tuple[str, int]:
-    """Read a regular file of at most 1 MiB, and its mode.
+def read_text(path: Path) -> tuple[str, os.stat_result]:
+    """Read a regular file of at most 1 MiB, and its owner and mode.
 
     Raises:
         InvalidInput: the file is something else, or cannot be read within 2 s.
     """
-    found: list[tuple[str, int] | Exception] = []
+    found: list[tuple[str, os.stat_result] | Exception] = []
 
     def read() -> None:
         try:
@@ -97,8 +98,8 @@ def read_text(path: Path) -> tuple[str, int]:
     thread.start()
     thread.join(_READ_WITHIN_S)
     match found:
-        case [(text, mode)]:
-            return text, mode
+        case [(text, status)]:
+            return text, status
         case [InvalidInput() as error]:
             raise error
         case [OSError() as error]:
@@ -108,7 +109,7 @@ def read_text(path: Path) -> tuple[str, int]:
     raise InvalidInput(f"{path} could not be read within {_READ_WITHIN_S:g} s: put it on a local disk")
 
 
-def _read_text(path: Path) -> tuple[str, int]:
+def _read_text(path: Path) -> tuple[str, os.stat_result]:
     # Without O_NONBLOCK, a FIFO would wait for a writer.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
@@ -117,4 +118,4 @@ def _read_text(path: Path) -> tuple[str, int]:
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
         raise InvalidInput(f"{path} is larger than {MAX_FILE_BYTES} bytes")
-    return content.decode(), status.st_mode
+    return content.decode(), status

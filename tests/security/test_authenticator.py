@@ -250,9 +250,13 @@ async def test_a_broken_file_of_peers_changes_nothing_and_all_its_problems_are_l
 
 
 async def test_an_empty_file_of_peers_ends_all_connections_and_names_of_no_model_are_warned_of(ring: KeyRing) -> None:
-    async with running(SMALL, transport=ring.transport) as server:
-        ring.write(mic={"models": ["nosuch"]})
-        assert (await reread(server))[-1]["models"] == ["nosuch"]
+    told: list[dict[str, Any]] = []
+    async with running(SMALL, transport=ring.transport, told=told) as server:
+        async with RawClient(server.endpoint, curve=ring.curve("mic")) as client:
+            await client.hello()
+            ring.write(mic={"models": ["nosuch"]})
+            assert (await reread(server))[-1]["models"] == ["nosuch"]
+            assert "key" in next(line for line in told if line["event"] == "disconnected")["reason"]
         ring.peers_file.write_text("# nobody\n")
         _, line, warning = await reread(server)
         assert (line["peers"], warning["event"]) == (0, "nobody may connect")

@@ -110,6 +110,16 @@ def test_the_content_of_a_key_file_is_told_before_its_rights(tmp_path: Path) -> 
         read_key_pair(public)
 
 
+def test_the_group_may_read_a_secret_of_root_alone(tmp_path: Path) -> None:
+    secret = make_key_pair("mic", tmp_path)[1]
+    secret.chmod(0o440)
+    if secret.stat().st_uid == 0:
+        assert read_key_pair(secret)
+    else:
+        with pytest.raises(InvalidInput):
+            read_key_pair(secret)
+
+
 @pytest.mark.parametrize("text", ["", "# mic-1: gone\n"])
 def test_an_empty_file_of_peers_admits_nobody(tmp_path: Path, text: str) -> None:
     file = tmp_path / "peers.yaml"

@@ -15,7 +15,7 @@ from instep.server.log import make_log
 from instep.server.preparation import CannotServe
 from instep_client import AsyncClient
 from tests.support.models import SMALL
-from tests.support.running import running
+from tests.support.running import log_into, running
 
 
 def lines_of(file: Path) -> list[dict[str, Any]]:
@@ -65,15 +65,19 @@ def test_a_folder_that_is_gone_and_comes_back(tmp_path: Path) -> None:
     folder.mkdir()
     audit = Audit(folder / "lines")
     log = make_log(LogConfig(level="error"), audit=audit)
+    told: list[dict[str, Any]] = []
+    audit.log = log_into(told)
     folder.rename(moved)
-    log.debug("connected", number=0)
-    while not audit.dropped:
+    for number in range(2):
+        log.debug("connected", number=number)
+    while audit.dropped < 2:
         pass
+    assert [line["event"] for line in told] == ["audit not written"]
     folder.mkdir()
-    log.debug("connected", number=1)
+    log.debug("connected", number=2)
     audit.close()
     (line,) = lines_of(folder / "lines")
-    assert (line["number"], line["dropped_before"]) == (1, 1)
+    assert (line["number"], line["dropped_before"]) == (2, 2)
     with pytest.raises(CannotServe, match=r"audit\.file"):
         Audit(tmp_path / "nowhere" / "audit")
 
@@ -86,8 +90,10 @@ async def test_who_did_what_on_a_server() -> None:
         async with AsyncClient(server.endpoint) as other:
             await other.read_state("mic-1")
             await other.resume("mic-1", take_over=True)
+            await other.remove_streams(["mic-1"], park=True)
     requests = [each for each in told if each["event"] == "audited request"]
-    wanted = [("RESET", []), ("READ_STATE", ["mic-1"]), ("RESUME", ["mic-1"])]
+    wanted = [("RESET", []), ("READ_STATE", ["mic-1"]), ("RESUME", ["mic-1"]), ("REMOVE", ["mic-1"])]
     assert [(each["request"], each["names"]) for each in requests] == wanted
+    assert requests[-1]["park"]
     assert {each["principal"] for each in requests} == {"local"}
     assert [each["address"] for each in told if each["event"] == "connected"] == ["127.0.0.1"] * 2

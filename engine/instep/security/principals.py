@@ -121,8 +121,8 @@ class Principals:
             KeysError: with every problem.
         """
         try:
-            text, mode = read_text(path)
-            if mode & 0o022:
+            text, status = read_text(path)
+            if status.st_mode & 0o022:
                 raise InvalidInput(f"other users can change {path}: chmod go-w {path}")
             entries = UniqueKeyLoader(text).get_single_data()
         except InvalidInput as error:

@@ -45,6 +45,8 @@ class Audit:
         self._path = path
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(MOST_LINES)
         self._writer: threading.Thread | None = None
+        self.log: structlog.stdlib.BoundLogger | None = None
+        """Where the first line of several is reported that cannot be written."""
         self._surplus = self._failed = self._told = 0
         """Lines that came too fast, that could not be written, and of both, those that the file tells of."""
         self._refusals: dict[tuple[object, object], tuple[float, int]] = {}
@@ -82,6 +84,7 @@ class Audit:
         return event
 
     def _write(self) -> None:
+        is_failing = False
         while (line := self._lines.get()) is not None:
             dropped = self.dropped
             if dropped > self._told:
@@ -89,9 +92,12 @@ class Audit:
             try:
                 with self._open() as file:
                     file.write(f"{json.dumps(line, default=str)}\n")
-                self._told = dropped
-            except OSError:
+                self._told, is_failing = dropped, False
+            except OSError as error:
                 self._failed += 1
+                if self.log is not None and not is_failing:
+                    self.log.warning("audit not written", file=str(self._path), reason=error.strerror)
+                is_failing = True
 
     def _open(self) -> IO[str]:
         return open(self._path, "a", encoding="utf-8", opener=partial(os.open, mode=0o600))

@@ -285,6 +285,8 @@ def run(
     threshold = Threshold(config.log.level)
     audit = Audit(config.audit.file) if config.audit.file is not None else None
     log = make_log(config.log, threshold, audit)
+    if audit is not None:
+        audit.log = log
     settle(before_loading(config, restart=restart), log)
     prepared = prepare(config, log, restart=restart)
     settle(with_all_streams(config, prepared), log)

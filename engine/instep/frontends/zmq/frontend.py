@@ -116,6 +116,7 @@ class ZmqFrontend:
     def _end(self, peers: list[Peer], reason: str) -> None:
         self._outbound.say_last(encode.goodbye(reason), peers)
         for peer in peers:
+            peer.reason = reason
             self._outbound.drop(peer)
 
     def _sender(self) -> Principal | None:
@@ -344,6 +345,7 @@ class ZmqFrontend:
             self._outbound.send(peer, message)
             about = {"request": header.kind.name, "connection": peer.number, "principal": peer.principal.name}
             about |= {"streams": header.fields[0], "refused": int(np.count_nonzero(codes))}
+            about |= {"park": header.fields[1]} if header.kind is Kind.REMOVE else {}
             for code in np.unique(codes[codes != 0]).tolist():
                 self._log.debug("refused", code=Code(code).name, **about)
             if named is None:

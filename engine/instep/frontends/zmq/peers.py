@@ -68,6 +68,8 @@ class Peer:
     is_unused: bool = True
     """Whether it had no streams after its last request on streams."""
     is_gone: bool = False
+    reason: str = ""
+    """Why the server ended the connection, if it did."""
 
     def deliver(self, reply: Reply) -> None:
         self.outbound.send(self, encode.stepped(reply), reply.frames)
