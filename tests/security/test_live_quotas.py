@@ -126,13 +126,14 @@ async def test_whoever_reads_is_not_refused_whatever_other_connections_have_not_
 async def test_a_refusal_asks_all_connections_whether_they_have_read(tmp_path: Path) -> None:
     keys = ring(tmp_path, unread_bytes=100_000)
     async with (
-        running(SMALL, transport=keys.transport) as server,
+        running(SMALL, transport={**keys.transport, "heartbeat_s": 60.0}) as server,
         RawClient(server.endpoint, curve=keys.curve("ann")) as ann,
         RawClient(server.endpoint, curve=keys.curve("ann")) as idle,
     ):
         await ann.hello()
         await idle.hello()
         handles = (await ann.open("a")).handles()
+        await idle.open("b")  # one without streams is asked now and then
         await idle.statistics()
         keys.write(ann={"quotas": {"unread_bytes": 2000}})  # fewer than it has not confirmed
         server.admit(Principals.read(keys.peers_file))
