@@ -134,11 +134,12 @@ def test_all_that_is_known_before_a_model_is_loaded_is_said_at_once(
         engine={"device": "cuda"},
         http={"endpoint": "127.0.0.1:0", "token_file": tmp_path / "no-token"},
         recording={"file": tmp_path / "no" / "r.instep"},
+        audit={"file": tmp_path / "no" / "audit"},
     )
     with pytest.raises(CannotServe) as error:
         check(config, restart=True)
-    words = ("there is no folder", "http.token_file", "--restart needs a port")
-    assert [each in line for each, line in zip(words, str(error.value).splitlines(), strict=True)] == [True] * 3
+    words = ("there is no folder", "audit.file", "http.token_file", "--restart needs a port")
+    assert [each in line for each, line in zip(words, str(error.value).splitlines(), strict=True)] == [True] * 4
     with pytest.raises(CannotServe, match="CUDA"):
         check(configured(model, engine={"device": "cuda"}))
     folders = Config.model_validate({"model": {"folder": [model, tmp_path / "no"]}}).model
