@@ -220,8 +220,14 @@ async def test_sighup_ends_the_answers_to_a_withdrawn_key_and_another_goes_on_wi
 async def test_the_loop_goes_on_while_the_file_of_peers_is_read(ring: KeyRing, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(SMALL, transport=ring.transport) as server:
         known, goes_on = Principals.read(ring.peers_file), threading.Event()
-        monkeypatch.setattr(Principals, "read", lambda _: goes_on.wait(10) and known)
-        asyncio.get_running_loop().call_soon(goes_on.set)
+        loop = asyncio.get_running_loop()
+
+        def read(_: Path) -> Principals:
+            loop.call_soon_threadsafe(goes_on.set)
+            assert goes_on.wait(10)
+            return known
+
+        monkeypatch.setattr(Principals, "read", read)
         (*_, line) = await reread(server)
         assert (line["event"], line["peers"]) == ("peers reloaded", 2)
 
