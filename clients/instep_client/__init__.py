@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from instep_client.protocol.errors import DataLoss as DataLoss
     from instep_client.protocol.errors import FrameFailure as FrameFailure
     from instep_client.protocol.errors import FramesRefused as FramesRefused
+    from instep_client.protocol.errors import HandshakeFailed as HandshakeFailed
     from instep_client.protocol.errors import InstepError as InstepError
     from instep_client.protocol.errors import InvalidInput as InvalidInput
     from instep_client.protocol.errors import MalformedMessage as MalformedMessage
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from instep_client.protocol.errors import StreamRefused as StreamRefused
     from instep_client.protocol.wire import ServerInfo as ServerInfo
     from instep_client.replies import ListedStream as ListedStream
+    from instep_client.replies import PrincipalUsage as PrincipalUsage
     from instep_client.replies import ServedModel as ServedModel
     from instep_client.states import StreamSnapshot as StreamSnapshot
     from instep_client.sync import Client as Client
@@ -41,9 +43,9 @@ else:
         "frames": "TimedOutputs",
         "protocol.codes": "Code",
         "protocol.errors": "ClientClosed ConnectionFailed ConnectionRefused DataLoss FrameFailure FramesRefused "
-        "InstepError InvalidInput MalformedMessage Refused StreamEvicted StreamRefused",
+        "HandshakeFailed InstepError InvalidInput MalformedMessage Refused StreamEvicted StreamRefused",
         "protocol.wire": "ServerInfo",
-        "replies": "ListedStream ServedModel",
+        "replies": "ListedStream PrincipalUsage ServedModel",
         "states": "StreamSnapshot",
         "sync": "Client Group Stream",
     }

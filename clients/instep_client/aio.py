@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final, Literal, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from instep_client.arguments import good_names
 from instep_client.connection import OPEN, Call
 from instep_client.driver import Driver
 from instep_client.frames import TimedOutputs
+from instep_client.key_files import read_client_keys
 from instep_client.protocol.errors import InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import DEFAULT_ENDPOINT, F32, U64, Code, Place, ServerInfo
-from instep_client.replies import ListedStream, ServedModel
+from instep_client.replies import ListedStream, PrincipalUsage, ServedModel
 from instep_client.session import Session
 from instep_client.states import GivenState, State, StreamSnapshot, as_state
 from instep_client.streams import StreamHandle
@@ -294,6 +297,8 @@ class AsyncClient:
         *,
         model: str | None = None,
         wait: bool = False,
+        key_file: str | Path | None = None,
+        server_key: str | Path | None = None,
     ) -> None:
         """Nothing is sent before `connect` or `async with`.
 
@@ -306,16 +311,22 @@ class AsyncClient:
             model: the name of the model; None for $INSTEP_MODEL, or else the server's default. A connection belongs to
                 one model.
             wait: wait up to `timeout_s` for a server that does not listen yet, instead of failing at once.
+            key_file: this client's NAME.key_secret, for a server with keys; None for $INSTEP_KEY_FILE, empty for none.
+            server_key: the server's public key, or the file that holds it; None for $INSTEP_SERVER_KEY, empty for none.
 
         Raises:
-            InvalidInput: for a bad endpoint, name, model or time.
+            InvalidInput: for a bad endpoint, name, model, time or key file.
         """
         if endpoint is None:
             endpoint = os.environ.get("INSTEP_ENDPOINT", DEFAULT_ENDPOINT)
         if model is None:
             model = os.environ.get("INSTEP_MODEL", "")
+        if key_file is None:
+            key_file = os.environ.get("INSTEP_KEY_FILE")
+        if server_key is None:
+            server_key = os.environ.get("INSTEP_SERVER_KEY")
         self._session = Session(endpoint, name, timeout_s, reconnect_s, model=model)
-        self._driver = Driver(self._session)
+        self._driver = Driver(self._session, read_client_keys(key_file, server_key))
         self._wait = wait
 
     def __repr__(self) -> str:
@@ -334,6 +345,7 @@ class AsyncClient:
         Raises:
             ConnectionRefused: when nothing listens at the endpoint, unless the client was made with `wait`.
             ConnectionFailed: when nobody answers within `timeout_s`, or, without `wait`, no host of that name is known.
+            HandshakeFailed: when the server and this client do not agree on keys.
             Refused: when the server refuses this client, or has no model of that name (UNKNOWN_MODEL).
         """
         await self._driver.start(self._wait)
@@ -498,6 +510,29 @@ class AsyncClient:
             if not cursor:
                 return found
 
+    async def remove_streams(self, names: Sequence[str], park: bool = False) -> list[str]:
+        """Close streams of others, or park them. Their owners get BY_OPERATOR; only an operator may do this.
+
+        Returns:
+            The names of which there is no such stream.
+
+        Raises:
+            StreamRefused: when the server refused one for another reason; the others are closed or parked.
+            Refused: NOT_ALLOWED without the role of an operator.
+        """
+        missing, names = list[str](), good_names(names)
+        refused: StreamRefused | None = None
+        for first in range(0, len(names), _PAGE):
+            part = names[first : first + _PAGE]
+            for failure in await self._driver.wait(self._session.remove(part, park)):
+                if failure.code in (Code.UNKNOWN_STREAM, Code.EXPIRED):
+                    missing.append(part[failure.column])
+                else:
+                    refused = refused or StreamRefused(failure.code, failure.sentence, part[failure.column])
+        if refused is not None:
+            raise refused
+        return missing
+
     async def list_models(self) -> list[ServedModel]:
         """The models of the server, beginning with the default."""
         return await self._driver.wait(self._session.models())
@@ -505,6 +540,10 @@ class AsyncClient:
     async def ping(self) -> float:
         """The time of a round trip to the server, in seconds."""
         return await self._driver.wait(self._session.ping(time.monotonic()))
+
+    async def principals(self) -> list[PrincipalUsage]:
+        """What principals use, those that this client may see; empty at a server without keys."""
+        return await self._driver.wait(self._session.principals())
 
     async def stats(self) -> dict[str, float]:
         """The server's numbers for this client's model, by name, and `loop_lag_s`.

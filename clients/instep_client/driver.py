@@ -17,9 +17,11 @@ from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from instep_client.arguments import EXAMPLES
-from instep_client.connection import MAX_REPLY_BYTES, Call
+from instep_client.connection import MAX_REPLY_BYTES, OPEN, Call
+from instep_client.key_files import ClientKeys
 from instep_client.protocol import wire
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, ConnectionRefused
 from instep_client.protocol.wire import Message
@@ -43,6 +45,10 @@ OPTIONS: Final = {
     zmq.HEARTBEAT_TTL: 15_000,  # and it us, even if it sends no heartbeats of its own
 }
 
+_HANDSHAKE_FAILED: Final = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_UNKNOWN_KEY: Final = 400
 _RECEIVE_BURST: Final = 256
 """The number of messages read from one socket before other tasks get their turn."""
 _SEND_AT: Final = 128
@@ -61,8 +67,11 @@ class Driver:
     Closing waits for up to `farewell_s` until the server has read it.
     """
 
-    def __init__(self, session: Session, farewell_s: float = FAREWELL_S) -> None:
+    def __init__(self, session: Session, keys: ClientKeys | None = None, farewell_s: float = FAREWELL_S) -> None:
         self._session = session
+        self._keys = keys
+        self._monitor: zmq.Socket[bytes] | None = None
+        """Tells of handshakes that fail, until there is a connection."""
         self._farewell_s = farewell_s
         self._sockets: Sockets
         self.socket: zmq.Socket[bytes] | None = None
@@ -124,6 +133,7 @@ class Driver:
             if self._timer is not None:
                 self._timer.cancel()
             socket, self.socket = self.socket, None
+            self._end_monitor(socket)
             self._close(socket)
 
     async def wait(self, call: Call[R]) -> R:
@@ -181,8 +191,24 @@ class Driver:
             self.wake()
 
     def _connect(self) -> None:
-        self.socket = self._sockets.connect(self._loop, self._session.endpoint)
+        self.socket, self._monitor = self._sockets.connect(self._loop, self._session.endpoint, self._keys)
         self._loop.add_reader(self.socket.fileno(), self.receive)
+        self._loop.add_reader(self._monitor.fileno(), self._on_handshake_failed)
+        self._on_handshake_failed()  # a socket signals only what comes after it was found empty
+
+    def _on_handshake_failed(self) -> None:
+        while self._monitor is not None and wire.ready(self._monitor):
+            event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            why, is_final = _why_handshake_failed(event["event"], event["value"], self._keys, self._session.endpoint)
+            self._session.handshake_failed(why, is_final=is_final)
+        self.wake()
+
+    def _end_monitor(self, socket: zmq.Socket[bytes]) -> None:
+        if self._monitor is not None:
+            self._loop.remove_reader(self._monitor.fileno())
+            socket.disable_monitor()
+            self._monitor.close(0)
+            self._monitor = None
 
     def _close(self, socket: zmq.Socket[bytes]) -> None:
         self._loop.remove_reader(socket.fileno())
@@ -191,6 +217,7 @@ class Driver:
     def _reconnect(self, former: zmq.Socket[bytes]) -> None:
         """Replace the socket of a lost connection; unsent requests are asked again."""
         self.backlog.clear()
+        self._end_monitor(former)
         try:
             self._connect()
         except ConnectionFailed as error:
@@ -231,6 +258,8 @@ class Driver:
         try:
             now = time.monotonic()
             session.advance(now)
+            if self._monitor is not None and session.state is OPEN:
+                self._end_monitor(self.socket)
             if session.take_reconnect():
                 attempts = session.attempts
                 level = logging.WARNING if attempts.number == 1 else logging.INFO
@@ -280,6 +309,21 @@ class Driver:
                 self._timer.cancel()
             self._timer_at = deadline
             self._timer = self._loop.call_later(max(0.0, deadline - now), self._on_timer)
+
+
+def _why_handshake_failed(event: int, status: int, keys: ClientKeys | None, endpoint: str) -> tuple[str, bool]:
+    """A sentence, and whether another handshake would fail, too.
+
+    Without detail, something accepts connections and ends them, as a server does that ends. What that has to do with
+    keys can only be told to a client that has some.
+    """
+    is_final = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and status == _UNKNOWN_KEY:
+        return f"the server at {endpoint} does not know this client's key: its operator can add it to peers_file", True
+    if keys is None:
+        return (f"the server at {endpoint} wants a key: give key_file and server_key" if is_final else ""), is_final
+    why = "is not the one whose key you gave as server_key, or it has no keys, or something else answers there"
+    return f"the server at {endpoint} {why}", is_final
 
 
 async def nothing_listens(endpoint: str) -> bool:
@@ -343,8 +387,10 @@ class Sockets:
             sockets = shared[loop] = Sockets()
         return sockets
 
-    def connect(self, loop: asyncio.AbstractEventLoop, endpoint: str) -> zmq.Socket[bytes]:
-        """A new socket, to be closed with `close`.
+    def connect(
+        self, loop: asyncio.AbstractEventLoop, endpoint: str, keys: ClientKeys | None
+    ) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        """A new socket, to be closed with `close`, and a monitor of its handshakes that fail.
 
         Raises:
             ConnectionFailed: if the endpoint is invalid, or no socket can be made.
@@ -357,14 +403,20 @@ class Sockets:
             raise ConnectionFailed(f"this process cannot make a socket: {error}") from None
         for option, value in OPTIONS.items():
             socket.set(option, value)
+        if keys is not None:
+            socket.curve_serverkey, socket.curve_publickey, socket.curve_secretkey = (key.encode() for key in keys)
+        monitor: zmq.Socket[bytes] | None = None
         try:
+            monitor = socket.get_monitor_socket(_HANDSHAKE_FAILED)  # before the first handshake
             socket.connect(endpoint)
         except zmq.ZMQError as error:
+            if monitor is not None:
+                monitor.close()
             self.close(loop, socket)
             raise ConnectionFailed(
                 f"{endpoint!r} is no endpoint that can be reached ({error}): write {EXAMPLES}"
             ) from None
-        return socket
+        return socket, monitor
 
     def close(self, loop: asyncio.AbstractEventLoop, socket: zmq.Socket[bytes]) -> None:
         """Close a socket that `connect` made."""

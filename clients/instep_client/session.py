@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from random import Random
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
@@ -43,12 +44,13 @@ from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import (
     ClientClosed,
     ConnectionFailed,
+    HandshakeFailed,
     InstepError,
     InvalidInput,
     MalformedMessage,
 )
 from instep_client.protocol.wire import MAX_NAME_BYTES, Frame, Header, Kind, ServerInfo
-from instep_client.replies import ErrorReply, ListedStream, ServedModel
+from instep_client.replies import ColumnError, ErrorReply, ListedStream, PrincipalUsage, ServedModel
 from instep_client.requests import (
     Claim,
     CloseCall,
@@ -147,6 +149,8 @@ class Session:
             ClientClosed,
             "the client is not connected: use `async with`, or await client.connect()",
         )
+        self._silent_because: str | None = None
+        """Why the server may not answer: a handshake that failed; empty if the reason is unknown."""
         self._wants_socket = False
         self._postponed: dict[Request[Any], None] = {}
         """Requests to ask, or ask again, over the next connection."""
@@ -173,6 +177,15 @@ class Session:
     def is_waiting(self) -> bool:
         """Whether anything is unanswered."""
         return bool(self.outbox.unanswered or self._claim) or (self.state is OPEN and self.queue.is_waiting)
+
+    def handshake_failed(self, why: str, *, is_final: bool) -> None:
+        """The handshake of a connection failed; unless that `is_final`, another try may succeed."""
+        if self.state is GREETING:
+            self._silent_because = why
+            if is_final:
+                self.fail(HandshakeFailed, why)
+        elif self.state is RECONNECTING and why:
+            self.attempts.why = why
 
     def take_reconnect(self) -> bool:
         """Whether to close the socket with its unsent messages and connect a new one now; asking clears it."""
@@ -210,6 +223,10 @@ class Session:
                 asks += (
                     f", and is that its port for ZeroMQ ({DEFAULT_PORT} by default), not for HTTP ({DEFAULT_HTTP_PORT})"
                 )
+            if self.state is GREETING and self._silent_because:
+                self.fail(HandshakeFailed, self._silent_because)
+            if self.state is GREETING and self._silent_because is not None:
+                asks += ", or does it want a key"
             self.lose(f"nobody answers at {self.endpoint} (waited {self._silence.timeout_s:g} s); {asks}?")
 
     def deadline(self) -> float | None:
@@ -344,6 +361,16 @@ class Session:
     def statistics(self) -> Question[dict[str, float]]:
         """Ask for the server's numbers."""
         return self.ask(Question(self, Kind.STATS, Kind.STATISTICS, replies.statistics))
+
+    def principals(self) -> Question[list[PrincipalUsage]]:
+        """Ask what principals use."""
+        return self.ask(Question(self, Kind.STATS, Kind.STATISTICS, replies.principals))
+
+    def remove(self, names: Sequence[str], park: bool) -> Question[list[ColumnError]]:
+        """Close or park streams of others; the result is what was refused."""
+        frames = [wire.pack_names(names)]
+        decode = partial(replies.changed, count=len(names))
+        return self.ask(Question(self, Kind.REMOVE, Kind.CHANGED, decode, len(names), int(park), frames=frames))
 
     def models(self) -> Question[list[ServedModel]]:
         """Ask for the server's models."""

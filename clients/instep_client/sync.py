@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import wraps
+from pathlib import Path
 from typing import Any, Concatenate, Final, Generic, NoReturn, ParamSpec, TypeVar
 
 from instep_client.aio import AsyncClient, AsyncGroup, AsyncStream, GroupView, StreamView
@@ -265,9 +266,12 @@ class Client(InThread[AsyncClient]):
         *,
         model: str | None = None,
         wait: bool = False,
+        key_file: str | Path | None = None,
+        server_key: str | Path | None = None,
     ) -> None:
         """Nothing is sent before `connect` or `with`; the arguments are those of `AsyncClient`."""
-        client = AsyncClient(endpoint, name, timeout_s, reconnect_s, model=model, wait=wait)
+        settings: dict[str, Any] = {"wait": wait, "key_file": key_file, "server_key": server_key}
+        client = AsyncClient(endpoint, name, timeout_s, reconnect_s, model=model, **settings)
         super().__init__(LoopThread(client), client)
         weakref.finalize(self, self._thread.stop)
 
@@ -319,6 +323,10 @@ class Client(InThread[AsyncClient]):
     list_models = blocking(AsyncClient.list_models)
     ping = blocking(AsyncClient.ping)
     stats = blocking(AsyncClient.stats)
+
+    principals = blocking(AsyncClient.principals)
+
+    remove_streams = blocking(AsyncClient.remove_streams)
 
     open = opening(AsyncClient.open, Stream)
     open_group = opening(AsyncClient.open_group, Group)

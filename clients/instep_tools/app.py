@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from instep_tools.command_line import CommandLine, add_version, positive
+from instep_tools.command_line import CommandLine, add_root_options, positive
 from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.live import Pace
@@ -78,7 +78,7 @@ Speed = Annotated[
 RATE_HELP: Final = "Frames per second for each stream, instead of the file's times."
 
 
-add_version(app)
+add_root_options(app, keys=True)
 
 
 @app.server_command(

@@ -66,20 +66,23 @@ class CommandLine(typer.Typer):
         """Register a coroutine function that talks to a server; its result is the exit status.
 
         It is called with the `Target`, the `Terminal`, the `Stop` and its own options. Its command also has --endpoint,
-        --model and --json. A CommandProblem or an InstepError that it raises is printed as one sentence.
+        --model and --json; the keys are options of the program. A CommandProblem or an InstepError that it raises is
+        printed as one sentence.
 
         With `drains`, the first Ctrl-C requests a stop, see `run_command`; otherwise it cancels the command. Without
         `names_model`, there is no --model.
         """
 
         def register(command: ServerCommand) -> ServerCommand:
-            def run(endpoint: str, as_json: bool, model: str = "", **own: Any) -> None:
+            def run(context: typer.Context, endpoint: str, as_json: bool, model: str = "", **own: Any) -> None:
                 from instep_tools.connect import Target
                 from instep_tools.running import run_command
                 from instep_tools.terminal import Terminal
 
                 def begin(terminal: Terminal, stop: Stop) -> Awaitable[Exit]:
-                    return command(Target(endpoint, model), terminal, stop, **own)
+                    keys = context.find_root().params
+                    target = Target(endpoint, model, keys["key_file"], keys["server_key"])
+                    return command(target, terminal, stop, **own)
 
                 raise typer.Exit(run_command(begin, Terminal(as_json), drains=drains))
 
@@ -88,6 +91,7 @@ class CommandLine(typer.Typer):
                 parameter("endpoint", DEFAULT_ENDPOINT, Endpoint),
                 *([parameter("model", "", ModelName)] if names_model else []),
                 parameter("as_json", False, AsJson),
+                parameter("context", inspect.Parameter.empty, typer.Context),
             ]
             self.command(name, examples=examples)(typed_as(run, command, [*own, *shared]))
             return command
@@ -111,8 +115,8 @@ def typed_as(
     return run
 
 
-def add_version(app: CommandLine) -> None:
-    """Add the options --version and -V, which print the version."""
+def add_root_options(app: CommandLine, *, keys: bool = False) -> None:
+    """Add the options that are written before a command: --version and, with `keys`, --key-file and --server-key."""
 
     def show(wanted: bool) -> None:
         if wanted:
@@ -121,13 +125,14 @@ def add_version(app: CommandLine) -> None:
             typer.echo(f"{app.info.name} {version('instep')}")
             raise typer.Exit
 
-    @app.callback()
-    def root(
-        version: bool = typer.Option(
-            False, "--version", "-V", callback=show, is_eager=True, help="Print the version and exit."
-        ),
-    ) -> None:
-        pass
+    def root(**options: Any) -> None:
+        pass  # the commands read them from the context
+
+    version = typer.Option("--version", "-V", callback=show, is_eager=True, help="Print the version and exit.")
+    options = [parameter("version", False, Annotated[bool, version])]
+    if keys:
+        options += [parameter("key_file", "", KeyFile), parameter("server_key", "", ServerKey)]
+    app.callback()(typed_as(root, root, options))
 
 
 class PlainCommand(TyperCommand):
@@ -182,6 +187,11 @@ class PlainCommands(TyperGroup):
         except typer.BadParameter as error:
             if ctx.parent is None:  # a group within a group has raised it as it was
                 error.message = in_plain_words(error)
+            raise
+        except Exception as error:
+            name = getattr(error, "option_name", None)
+            if name in [each for param in self.params for each in param.opts]:
+                error.message = f"{name} goes before the command: {ctx.info_name} {name} …"  # type: ignore[attr-defined]
             raise
 
 
@@ -252,5 +262,13 @@ ModelName = Annotated[
         help="The model to use. (default: the server's first)",
         show_default=False,
     ),
+]
+KeyFile = Annotated[
+    str,
+    typer.Option(metavar="FILE", envvar="INSTEP_KEY_FILE", help="Your NAME.key_secret.", show_default=False),
+]
+ServerKey = Annotated[
+    str,
+    typer.Option(metavar="FILE", envvar="INSTEP_SERVER_KEY", help="The server's key, or its file.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]

@@ -29,6 +29,14 @@ class Target(NamedTuple):
     endpoint: str
     model: str = ""
     """The model's name; empty for the server's default."""
+    key_file: str = ""
+    server_key: str = ""
+
+    def client(self, name: str, reconnect_s: float = RECONNECT_S) -> AsyncClient:
+        """A client of the target, to be connected."""
+        own = f"instep-client {name}", PATIENCE_S, reconnect_s
+        key_file, server_key = self.key_file or None, self.server_key or None
+        return AsyncClient(self.endpoint, *own, model=self.model, key_file=key_file, server_key=server_key)
 
 
 def leave_warnings_out() -> None:
@@ -57,7 +65,7 @@ async def connected(
         ConnectionFailed: nobody answers.
         Refused: the server does not take this client.
     """
-    client = AsyncClient(target.endpoint, f"instep-client {command}", PATIENCE_S, reconnect_s, model=target.model)
+    client = target.client(command, reconnect_s)
     async with terminal.waiting(f"waiting for a server at {target.endpoint}"):
         await client.connect()
     stop.connected = True

@@ -1,4 +1,4 @@
-"""`instep-client streams …`: list and close the streams of a server."""
+"""`instep-client streams …`: list, close and park the streams of a server."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from typing import Annotated, Final
 import typer
 
 from instep_client.aio import StreamPlace
-from instep_client.protocol.errors import Refused
-from instep_client.protocol.wire import Code
 from instep_tools.command_line import CommandLine
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
-from instep_tools.terminal import Terminal, progress
+from instep_tools.terminal import Terminal
 from instep_tools.words import counted, three_digits
 
-app: Final = CommandLine(help="List the streams of a server, and close some.")
+app: Final = CommandLine(help="List the streams of a server, and close or park some.")
 
 Prefix = Annotated[str | None, typer.Option(metavar="TEXT", help="Only streams whose names begin with TEXT.")]
 Where = Annotated[
     StreamPlace | None,
     typer.Option("--place", metavar="WHERE", help="Only streams that are connected, parked or hibernating."),
 ]
-
-_HAS_ENDED: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED})
+Names = Annotated[list[str], typer.Argument(metavar="NAME", help="The streams.")]
 
 
 @app.server_command(
@@ -75,35 +72,48 @@ async def close(
     target: Target,
     terminal: Terminal,
     stop: Stop,
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help="The streams to close.")] = [],  # noqa: B006
+    names: Names = [],  # noqa: B006
     prefix: Prefix = None,
     place: Where = None,
 ) -> Exit:
     """Close streams by name, or all with a prefix or at a place.
 
-    Their states are lost, and the clients that own them are notified.
+    Their states are lost, and the clients that own them are notified. At a server with keys, only operators may do so.
     """
+    return await _remove(target, terminal, stop, names, prefix, place, park=False)
+
+
+@app.server_command("park", examples=["instep-client streams park mic-7", "instep-client streams park --prefix mic-"])
+async def park(
+    target: Target,
+    terminal: Terminal,
+    stop: Stop,
+    names: Names = [],  # noqa: B006
+    prefix: Prefix = None,
+    place: Where = None,
+) -> Exit:
+    """Take streams from their clients, by name, or all with a prefix or at a place; they wait to be resumed.
+
+    The clients that own them are notified. At a server with keys, only operators may do so.
+    """
+    return await _remove(target, terminal, stop, names, prefix, place, park=True)
+
+
+async def _remove(
+    target: Target, terminal: Terminal, stop: Stop, names: list[str], prefix: Prefix, place: Where, *, park: bool
+) -> Exit:
     if not names and prefix is None and place is None:
         raise CommandProblem("say which streams: their names, --prefix, or --place")
-    closed: list[str] = []
-    missing: list[str] = []
-    async with connected(target, "streams close", terminal, stop) as client:
+    async with connected(target, "streams", terminal, stop) as client:
         by_name = bool(names)
         if not by_name:
             names = [stream.name for stream in await client.list_streams(prefix or "", place)]
-        with progress(terminal.err, "closing", len(names), "streams", lambda: len(closed) + len(missing)):
-            for name in names:
-                try:
-                    await (await client.resume(name, take_over=True)).close()
-                    closed.append(name)
-                except Refused as refused:
-                    if refused.code not in _HAS_ENDED:
-                        raise
-                    missing.append(name)
+        missing = await client.remove_streams(names, park) if names else []
+    removed, done = [name for name in names if name not in set(missing)], "parked" if park else "closed"
     if terminal.as_json:
-        terminal.result({"closed": closed, "missing": missing})
+        terminal.result({done: removed, "missing": missing})
     ended = "not there" if by_name else "gone meanwhile"
     gone = f"; {counted(len(missing), 'stream')} {ended}: {', '.join(missing[:5])}" if missing else ""
     good = not (by_name and missing)
-    terminal.summary(f"{counted(len(closed), 'stream')} closed{gone}", good=good)
+    terminal.summary(f"{counted(len(removed), 'stream')} {done}{gone}", good=good)
     return Exit.OK if good else Exit.FOUND_PROBLEMS

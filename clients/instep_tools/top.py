@@ -27,8 +27,8 @@ from instep_client.aio import AsyncClient
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import ServerInfo
-from instep_client.replies import ListedStream, ServedModel
-from instep_tools.connect import PATIENCE_S, Target
+from instep_client.replies import ListedStream, PrincipalUsage, ServedModel
+from instep_tools.connect import Target
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.terminal import Terminal
@@ -38,6 +38,7 @@ SORTS: Final = ("rate", "name", "next seq", "pending", "idle")
 """The columns to sort by, largest first except for names."""
 LOOK_SHARE: Final = 10
 """After a look that took T seconds, the next one waits at least this many T, because it lists every stream."""
+_MOST_PRINCIPALS: Final = 5
 SHOWN_ONCE: Final = 50
 """The number of streams in a view that is printed once."""
 
@@ -52,6 +53,7 @@ class Snapshot:
     numbers: Mapping[str, float]
     """The numbers of STATS; NaN for a number that the server lacks."""
     streams: Sequence[ListedStream]
+    principals: Sequence[PrincipalUsage] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,12 @@ class ScreenView:
         before = {model.name: model.frames for model in self.before.models} if self.before else {}
         return {model.name: self.rate(model.frames, before.get(model.name)) for model in self.now.models}
 
+    def principals(self) -> list[tuple[PrincipalUsage, float]]:
+        """What principals use, each with its frames per second, those who send most first."""
+        before = {each.name: each.frames for each in self.before.principals} if self.before else {}
+        rated = [(each, self.rate(each.frames, before.get(each.name))) for each in self.now.principals]
+        return sorted(rated, key=lambda each: -each[1] if each[1] > 0 else 0)
+
     def streams(self) -> list[tuple[ListedStream, float]]:
         """All streams in the chosen order, each with its frames per second."""
         before = {each.name: each.next_seq for each in self.before.streams} if self.before else {}
@@ -108,6 +116,7 @@ class ScreenView:
             "model": asdict(now.info) | {"state": now.info.state.encode()},
             "numbers": dict(now.numbers),
             "rates": self.rates(),
+            "principals": [each._asdict() | {"rate": rate} for each, rate in self.principals()],
             "streams": [stream._asdict() | {"rate": rate} for stream, rate in self.streams()],
         }
 
@@ -147,7 +156,8 @@ async def look(client: AsyncClient) -> Snapshot:
     """
     models, numbers = await client.list_models(), await client.stats()
     at_s = time.monotonic()
-    return Snapshot(at_s, client.info, models, defaultdict(lambda: math.nan, numbers), await client.list_streams())
+    streams, principals = await client.list_streams(), await client.principals()
+    return Snapshot(at_s, client.info, models, defaultdict(lambda: math.nan, numbers), streams, principals)
 
 
 class _Watch:
@@ -160,7 +170,7 @@ class _Watch:
         self._live = Live(console=self._console, screen=True, auto_refresh=False, vertical_overflow="crop")
 
     def client(self) -> AsyncClient:
-        return AsyncClient(self._target.endpoint, "instep-client top", PATIENCE_S, 0.0, model=self._target.model)
+        return self._target.client("top", 0.0)
 
     async def until_quit(self) -> Exit:
         quit = asyncio.Event()
@@ -259,6 +269,10 @@ def drawn(view: ScreenView, most_streams: int) -> RenderableType:
     facts.add_row("frames/s", Text(f"{three_digits(rates['frames_total'])}, {numbers['frames_pending']:,.0f} pending"))
     size = three_digits(_recent(numbers, "batch_size_mean") or math.nan)
     facts.add_row("batches/s", Text(f"{three_digits(rates['batches_total'])} of {size} frames"))
+    for each, rate in view.principals()[:_MOST_PRINCIPALS]:
+        held = f"{counted(each.connections, 'connection')}, {counted(each.streams, 'stream')}"
+        kept = f"{decimal(each.unread_bytes)} unread, {each.refused:,} refused"
+        facts.add_row("principal", Text(f"{printable(each.name)}: {three_digits(rate)} frames/s, {held}, {kept}"))
     for quantile in ("p50", "p99"):
         times = (
             f"{phase} {three_digits(_recent(numbers, f'{name}_us_{quantile}') / 1000 if is_answering else math.nan)}"

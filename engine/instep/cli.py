@@ -18,7 +18,7 @@ from instep import interrupts
 from instep.model_app import app as model_app
 from instep.replay.app import recordings as recordings_app
 from instep.replay.app import replay_from
-from instep_tools.command_line import CommandLine, PlainCommands, add_version, typed_as
+from instep_tools.command_line import CommandLine, PlainCommands, add_root_options, typed_as
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +57,8 @@ app = CommandLine(
 )
 app.add_typer(model_app, name="model")
 app.add_typer(recordings_app, name="recordings")
+keys_app = CommandLine(help="Make and show the keys by which servers and clients know each other.")
+app.add_typer(keys_app, name="keys")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
@@ -315,6 +317,42 @@ def doctor_command(given: Given, *, json: Json = False) -> None:
     raise typer.Exit(doctor(given.file, given.flags, MODEL_FOLDER, json, typer.echo))
 
 
+@keys_app.command("new", examples=["instep keys new server --server", "instep keys new mic-7 --output mic-7-keys"])
+def new_keys(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Whom the keys are for.")],
+    *,
+    server: Annotated[bool, typer.Option("--server", help="Print settings, not a line for peers.")] = False,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files.")] = Path("keys"),
+) -> None:
+    """Make a public key, NAME.key, and a secret one, NAME.key_secret.
+
+    Prints the line of the key for transport.peers_file. Exit status 0: both files were written. 2: nothing was written.
+    """
+    from instep.security.keys import make_key_pair
+
+    public, secret = make_key_pair(name, output)
+    _console(stderr=True).print(f"wrote {public}, and {secret}, which is to stay secret", soft_wrap=True)
+    show_key(secret if server else public)
+
+
+@keys_app.command("show", examples=["instep keys show keys/mic-7.key"])
+def show_key(file: Annotated[Path, typer.Argument(metavar="FILE", help="NAME.key or NAME.key_secret.")]) -> None:
+    """Print the line of a public key for transport.peers_file, or the settings of a server with a secret key.
+
+    The line is that of a producer that may use the streams NAME and NAME-*.
+    """
+    from instep.security.keys import check_name
+    from instep_client.key_files import read_key_pair, read_public_key
+
+    if file.suffix == ".key_secret":
+        read_key_pair(file)
+        typer.echo(f"transport: {{key_file: {jsonlib.dumps(str(file.resolve()))}, peers_file: peers.yaml}}")
+        return
+    name = file.stem
+    check_name(name)
+    typer.echo(f'"{name}": {{key: "{read_public_key(file)}", role: producer, streams: ["{name}", "{name}-*"]}}')
+
+
 app.command(
     "replay-from",
     examples=[
@@ -322,7 +360,7 @@ app.command(
         "instep replay-from today.instep mic-7 --seq 1200 --as what-if",
     ],
 )(replay_from)
-add_version(app)
+add_root_options(app)
 
 
 def main() -> None:
@@ -368,8 +406,9 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError
     from instep.replay.report import CannotVerify
+    from instep.security.principals import KeysError
     from instep.server.checks import CannotServe
     from instep_client.protocol.errors import InstepError
     from instep_tools.problems import CommandProblem
 
-    return CannotServe, CannotVerify, CommandProblem, ConfigError, InstepError, ModelError, RecordingError
+    return CannotServe, CannotVerify, CommandProblem, ConfigError, InstepError, KeysError, ModelError, RecordingError

@@ -1,8 +1,8 @@
 """A server that dies at random, connections that break in the middle of a message, and a verdict on every output.
 
-`run` streams to a server in a process of its own, kills that process at random moments and starts it again on the same
-recording and the same port, or breaks connections, and at the end holds everything that clients got against `nn.GRU`
-over the whole of what they sent, and against what the recording says that they sent.
+`run` streams to a server in a process of its own, with keys, kills that process at random moments and starts it again
+on the same recording and the same port, or breaks connections, and at the end holds everything that clients got against
+`nn.GRU` over the whole of what they sent, and against what the recording says that they sent.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from instep_client import AsyncClient
 from tests.chaos.load import Kept, Load
 from tests.chaos.proxy import Proxy
 from tests.chaos.repeater import Repeater
-from tests.chaos.victim import Victim
+from tests.chaos.victim import QUICK, Victim
 from tests.support.batches import batches_of
+from tests.support.keys import KeyRing
 from tests.support.models import SMALL, whole
 from tests.support.warm import WarmProcess
 
@@ -106,12 +107,14 @@ async def run(
         AssertionError: when a group makes no progress between two kills or resets, or anything is refused.
     """
     random_ = random.Random(seed)
-    outcome, load, repeater = Outcome(), Load(seed), Repeater(seed)
-    with contextlib.closing(Victim(folder, durability)) as victim:
+    ring = KeyRing(folder, mic={})
+    outcome, load, repeater = Outcome(), Load(seed), Repeater(seed, curve=ring.curve("mic"))
+    with contextlib.closing(Victim(folder, durability, [*QUICK, *ring.arguments])) as victim:
         await victim.start()
         async with Proxy(victim.endpoint, random_) as proxy:
             endpoint = proxy.endpoint if resets else victim.endpoint
-            async with AsyncClient(endpoint, timeout_s=5.0, reconnect_s=_PROGRESS_TIMEOUT_S) as client:
+            own = ring.of_client("mic")
+            async with AsyncClient(endpoint, timeout_s=5.0, reconnect_s=_PROGRESS_TIMEOUT_S, **own) as client:
                 await load.open(client)
                 await repeater.open(endpoint)
                 async with asyncio.TaskGroup() as group:

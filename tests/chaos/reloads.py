@@ -23,7 +23,7 @@ from instep.recording.reader import RecordingReader
 from tests.chaos.chaos import LEAST_STEPS, Outcome, until_progress, verify
 from tests.chaos.load import Kept
 from tests.chaos.repeater import Repeater
-from tests.chaos.victim import Victim
+from tests.chaos.victim import QUICK, Victim
 from tests.support.batches import batches_of
 from tests.support.models import plain, whole
 
@@ -55,7 +55,7 @@ async def run_reloads(
         config.write_text(f"model: {{folder: {{ears: {folders[number]}}}, on_reload: {random_.choice(POLICIES)}}}\n")
 
     configure(0)
-    arguments = ("--config", str(config), "--set", "recording.recovery_target_s=0.05")
+    arguments = ("--config", str(config), *QUICK)
     repeaters = [Repeater(seed + number, f"again-{number}") for number in range(REPEATERS)]
     with contextlib.closing(Victim(folder, "commit", arguments, None, recordings)) as victim:
         await victim.start()

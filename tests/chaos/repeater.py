@@ -11,6 +11,7 @@ import zmq
 from instep.core.typing import F32
 from instep_client.protocol.wire import Code, Kind
 from tests.chaos.load import Kept
+from tests.support.keys import Curve
 from tests.support.models import SMALL
 from tests.support.raw import RawClient, Reply
 
@@ -31,9 +32,11 @@ class Repeater:
     Args:
         seed: decides what is sent and what is asked for again.
         name: what the streams' names begin with.
+        curve: its keys; None for a server without.
     """
 
-    def __init__(self, seed: int, name: str = "again") -> None:
+    def __init__(self, seed: int, name: str = "again", curve: Curve | None = None) -> None:
+        self._curve = curve
         self._rng = np.random.default_rng(seed)
         self._stops = False
         self._epochs: list[int] = []
@@ -49,7 +52,7 @@ class Repeater:
 
     async def open(self, endpoint: str) -> None:
         """Open the streams."""
-        async with RawClient(endpoint) as client:
+        async with RawClient(endpoint, curve=self._curve) as client:
             await client.hello()
             self._epochs = (await client.open(*self.kept.names)).epochs()
 
@@ -57,7 +60,7 @@ class Repeater:
         """Send until `stop`, then close; a lost connection is followed by another."""
         while self.kept.finals is None:
             try:
-                async with RawClient(endpoint, options=_OPTIONS) as client:
+                async with RawClient(endpoint, options=_OPTIONS, curve=self._curve) as client:
                     await self._live(client)
             except _Lost:
                 continue

@@ -16,6 +16,7 @@ from instep.models.model import Model
 from tests.support.models import SMALL
 from tests.support.warm import WarmProcess
 
+QUICK = ("--set", "recording.recovery_target_s=0.05")
 _PATIENCE_S = 60.0
 
 
@@ -34,7 +35,7 @@ class Victim:
         self,
         folder: Path,
         durability: str,
-        arguments: Sequence[str] = ("--set", "recording.recovery_target_s=0.05"),
+        arguments: Sequence[str] = QUICK,
         model: Model | None = SMALL,
         recording: Path | None = None,
     ) -> None:

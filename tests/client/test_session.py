@@ -28,7 +28,7 @@ X = np.ones(3, np.float32)
 
 def test_the_first_message_is_hello_and_its_answer_is_the_info() -> None:
     link = Link(greet=False)
-    assert headers(link.advance()) == [[Kind.HELLO, 1, 7, "test", ""]]
+    assert headers(link.advance()) == [[Kind.HELLO, 1, 8, "test", ""]]
     with pytest.raises(ClientClosed):
         _ = link.session.info
     with pytest.raises(ClientClosed):
@@ -147,7 +147,7 @@ def test_goodbye_ends_everything_that_was_not_answered_before_it() -> None:
         [pack(Kind.HELLO, 1, 1, "x")],
         [pack(Kind.PONG, 99)],
         [pack(Kind.PONG, 3)],
-        [pack(Kind.STATISTICS, 3, [])],
+        [pack(Kind.STATISTICS, 3, []), b"", b""],
         stepped(3, np.zeros((1, 2, 2), np.float32)),
         stepped(3, np.zeros((1, 1, 3), np.float32)),
         stepped(2, np.zeros((1, 1, 2), np.float32)),

@@ -22,6 +22,7 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.STATISTICS, 3, ((("a", 1.5),),), "93 46 03 91 92 a1 61 cb3ff8000000000000"),
     (Kind.ERROR, 5, (200, "x", 2000), "95 48 05 ccc8 a1 78 cd07d0"),
     (Kind.MOVED, 0, (1, "ab"), "94 4f 00 01 a2 6162"),
+    (Kind.REMOVE, 9, (3, 1), "94 0d 09 03 01"),
 ]
 
 

@@ -73,7 +73,7 @@ def test_other_machines_reach_an_endpoint_only_where_that_is_allowed(endpoint: s
     assert TransportConfig(endpoint=endpoint, allow_plaintext=True).endpoint == endpoint
     assert is_loopback(endpoint) is expected
     if not expected:
-        with pytest.raises(ValidationError, match="no encryption"):
+        with pytest.raises(ValidationError, match="without keys"):
             TransportConfig(endpoint=endpoint)
 
 
@@ -91,3 +91,11 @@ def test_other_machines_reach_an_endpoint_only_where_that_is_allowed(endpoint: s
 def test_contradictions_are_refused(document: dict[str, Any], names: str) -> None:
     with pytest.raises(ValidationError, match=names):
         Config.model_validate(document)
+
+
+def test_other_machines_reach_an_endpoint_with_keys_and_both_files_are_needed() -> None:
+    files: dict[str, Any] = {"key_file": Path("server.key_secret"), "peers_file": Path("peers.yaml")}
+    assert TransportConfig(endpoint="tcp://0.0.0.0:5757", **files).key_file == files["key_file"]
+    for name, file in files.items():
+        with pytest.raises(ValueError, match="key_file"):
+            TransportConfig(**{name: file})

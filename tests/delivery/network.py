@@ -68,6 +68,8 @@ class HandRouter:
     """In place of the ROUTER socket of one life of the server."""
 
     signal_fd = -1
+    authenticator = None
+    address = ""
 
     def __init__(self, network: Network) -> None:
         self.arrived: deque[tuple[Connection, list[bytes]]] = deque()

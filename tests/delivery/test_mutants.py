@@ -198,9 +198,15 @@ def without_states(original: Any, journal: Journal, slots: I64, names: Sequence[
 
 
 def from_the_first_frame(
-    original: Any, operations: StreamOperations, origin: Any, names: Any, states: U8 | None, first_seqs: Any
+    original: Any,
+    operations: StreamOperations,
+    origin: Any,
+    names: Any,
+    states: U8 | None,
+    first_seqs: Any,
+    *others: Any,
 ) -> Any:
-    return original(operations, origin, names, states, None)
+    return original(operations, origin, names, states, None, *others)
 
 
 RULES = (

@@ -40,7 +40,9 @@ async def test_everybody_hears_what_the_network_computes(connections: int, rng: 
         assert (latency_s + producer.due_s <= seconds).all()
 
 
-async def test_a_refusal_ends_it(rng: np.random.Generator) -> None:
+async def test_a_refusal_ends_it(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("INSTEP_KEY_FILE", "INSTEP_SERVER_KEY", "INSTEP_MODEL"):  # of another server
+        monkeypatch.setenv(name, "none")
     everybody = make_producers(recordings(rng), speed=50.0)
     async with running(SMALL, engine={"max_streams": 3}) as server:
         with pytest.raises(StreamRefused):

@@ -75,4 +75,5 @@ def test_a_mismatch_is_alerted_for_as_long_as_the_server_runs() -> None:
 def test_every_metric_that_tells_of_trouble_has_an_alert_or_a_panel() -> None:
     text = "\n".join(QUERIES + ALERTED)
     unseen = {name for name in BY_NAME if not re.search(rf"\b{name}(_bucket|_sum|_count)?\b", text)}
-    assert unseen == {"instep_build_info", "instep_uptime_seconds", "instep_recovery_seconds"}
+    principals = {f"instep_principal_{name}" for name in ("frames_total", "unread_bytes", "connections", "streams")}
+    assert unseen == {"instep_build_info", "instep_uptime_seconds", "instep_recovery_seconds"} | principals

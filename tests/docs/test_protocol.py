@@ -29,6 +29,7 @@ RECORDS = {
     "claim": wire.CLAIM,
     "closing": wire.CLOSING,
     "listing": wire.LISTING,
+    "principal": wire.PRINCIPAL,
     "model": wire.MODEL,
 }
 

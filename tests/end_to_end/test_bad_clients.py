@@ -156,7 +156,7 @@ def flood_with_columns(endpoint: str, kind: Kind, messages: int = 150, columns: 
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 2)
         socket.connect(endpoint)
-        socket.send(msgpack.packb([Kind.HELLO, 1, 7, "flood", ""]))
+        socket.send(msgpack.packb([Kind.HELLO, 1, 8, "flood", ""]))
         for request in range(2, 2 + messages):
             socket.send_multipart([msgpack.packb([kind, request, *fields]), *frames])
 

@@ -242,7 +242,7 @@ class MessageMaker:
         return [self._one_of(known) for _ in range(count)]
 
     def _hello(self) -> list[bytes]:
-        return [self._header(Kind.HELLO, 7, "fuzzer", "")]
+        return [self._header(Kind.HELLO, 8, "fuzzer", "")]
 
     def _open(self) -> list[bytes]:
         count = 1 + self._below(3)
@@ -443,7 +443,7 @@ class Fuzzer(threading.Thread):
 
     def _send_some(self) -> None:
         self._send(msgpack.packb([Kind.PING, 1]))  # the server does not know the connection yet
-        self._send(msgpack.packb([Kind.HELLO, 2, 7, "fuzzer", ""]))
+        self._send(msgpack.packb([Kind.HELLO, 2, 8, "fuzzer", ""]))
         self._due += 2
         self._maker.connected()
         for _ in range(A_CONNECTION // BURST):

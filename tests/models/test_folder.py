@@ -206,7 +206,7 @@ def test_names_that_do_not_fit_the_outputs_are_refused(tmp_path: Path, outputs: 
     ("text", "named"),
     [
         ("- 1\n", "features and gru"),
-        ("[" * 5000, "levels"),
+        ("[" * 5000, "YAML"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nkind: *b\n", "line 2"),
         ("features: 0\ngru: {hidden_size: x}\n", r"features: 0 is wrong, .*; gru\.hidden_size: 'x'"),
         ("features: 2\ngru: {hidden_size: 3}\nhead: 1\n", "head: "),
@@ -216,6 +216,22 @@ def test_names_that_do_not_fit_the_outputs_are_refused(tmp_path: Path, outputs: 
 def test_a_bad_model_yaml_is_refused(tmp_path: Path, text: str | bytes, named: str) -> None:
     (tmp_path / "model.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(ModelError, match=named):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", ["user: {password: hunter2", "user: *hunter2", b"\xff hunter2", "x" * 2**20 + "hunter2"]
+)
+def test_what_is_no_model_yaml_is_not_quoted(tmp_path: Path, content: str | bytes) -> None:
+    (tmp_path / "model.yaml").write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(ModelError, match=r"model\.yaml") as refused:
+        load_model(tmp_path)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_model_yaml_that_nobody_writes_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.yaml")
+    with pytest.raises(ModelError, match="regular"):
         load_model(tmp_path)
 
 

@@ -21,7 +21,7 @@ from instep.server.log import make_log
 from instep.server.preparation import CannotServe
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
-from tests.support.running import running
+from tests.support.running import config, running
 from tests.support.streaming import random_frames
 
 
@@ -136,11 +136,12 @@ def test_all_that_is_known_before_a_model_is_loaded_is_said_at_once(
         engine={"device": "cuda"},
         http={"endpoint": "127.0.0.1:0", "token_file": tmp_path / "no-token"},
         recording={"file": tmp_path / "no" / "r.instep"},
+        audit={"file": tmp_path / "no" / "audit"},
     )
     with pytest.raises(CannotServe) as error:
         check(config, restart=True)
-    words = ("there is no folder", "http.token_file", "--restart needs a port")
-    assert [each in line for each, line in zip(words, str(error.value).splitlines(), strict=True)] == [True] * 3
+    words = ("there is no folder", "audit.file", "http.token_file", "--restart needs a port")
+    assert [each in line for each, line in zip(words, str(error.value).splitlines(), strict=True)] == [True] * 4
     with pytest.raises(CannotServe, match="CUDA"):
         check(configured(model, engine={"device": "cuda"}))
     folders = Config.model_validate({"model": {"folder": [model, tmp_path / "no"]}}).model
@@ -188,3 +189,22 @@ def test_the_soft_limit_of_open_files_is_raised_as_far_as_needed_and_allowed(
     monkeypatch.setattr(resource, "setrlimit", lambda _, limits: kept.append(limits))
     assert checks.allow_open_files(wanted) == allowed
     assert kept[-1] == (max(soft, allowed), hard)
+
+
+@pytest.mark.parametrize(
+    ("hard", "with_keys", "most"),
+    [
+        (resource.RLIM_INFINITY, True, 9000),
+        (20_000, True, 9000),
+        (10_000, False, 9000),
+        (10_000, True, 10_000 - 100 - 4048),
+        (4096, True, 2048),
+        (9000, False, 8900),
+    ],
+)
+def test_descriptors_are_kept_back_from_connections(
+    monkeypatch: pytest.MonkeyPatch, hard: int, with_keys: bool, most: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, hard))
+    files = {"key_file": "a", "peers_file": "b"} if with_keys else {}
+    assert checks.max_connections(config(limits={"max_connections": 9000}, transport=files)) == most

@@ -35,7 +35,7 @@ class Reloads:
         """The line that says what came of it."""
         config = self._server.config.model_dump() | {"model": {"folder": folder, **model}}
         wanted, before = self._server.config.model_validate(config), len(self._told)
-        reload(self._server, lambda: wanted, Threshold("info"), log_into([]), Kept())
+        await reload(self._server, lambda: wanted, Threshold("info"), log_into([]), Kept())
         async with asyncio.timeout(20):
             while True:
                 for line in self._told[before:]:

@@ -45,7 +45,7 @@ async def test_what_can_change_does_and_what_cannot_is_named() -> None:
         opened = await client.open("s")
         threshold = Threshold("error")
         wanted = with_keys(server.config, limits__max_idle_s=0.1, limits__window_frames=8, log__level="warning")
-        reload(server, lambda: wanted, threshold, log_into(told), Kept())
+        await reload(server, lambda: wanted, threshold, log_into(told), Kept())
         reloaded, restart = told
         assert reloaded["event"] == "reloaded"
         assert reloaded["changed"] == ["limits.max_idle_s: 0.0 → 0.1", "log.level: info → warning"]
@@ -62,7 +62,7 @@ async def test_what_can_change_does_and_what_cannot_is_named() -> None:
             assert 0.1 in welcome.header
         told.clear()
         models = with_keys(server.config, model__folder=Path("other"), limits__park_s=9.0)
-        reload(server, lambda: models, threshold, log_into(told), Kept())
+        await reload(server, lambda: models, threshold, log_into(told), Kept())
         (line,) = told
         assert line["changed"] == ["limits.park_s: 100.0 → 9.0"]
         assert line["under_way"] == ["model.folder: None → other"], "no such folder: this will never be in force"
@@ -74,9 +74,9 @@ async def test_a_broken_configuration_changes_nothing_and_every_problem_is_told(
     file.write_text("limits: {max_idle_s: soon, max_idel_s: 3}\n")
     async with running(SMALL) as server:
         before, threshold = server.config, Threshold("error")
-        reload(server, lambda: load_config(file), threshold, log_into(told), Kept())
+        await reload(server, lambda: load_config(file), threshold, log_into(told), Kept())
         with pytest.raises(ZeroDivisionError):
-            reload(server, lambda: with_keys(before, limits__park_s=1 / 0), threshold, log_into(told), Kept())
+            await reload(server, lambda: with_keys(before, limits__park_s=1 / 0), threshold, log_into(told), Kept())
         assert server.config is before
         assert "limits.max_idel_s" in server.outdated
         assert threshold.level == "error"

@@ -93,6 +93,9 @@ class InProcessOrigin:
     def notify(self, event: StreamEvent) -> None:
         self.events.append(event)
 
+    def check_quota(self, streams: int) -> None:
+        """See `Origin`."""
+
 
 class InProcessFrontend:
     """Takes what origins in this process send to one model, in order; `wake` lets the loop take a turn."""
@@ -105,6 +108,9 @@ class InProcessFrontend:
         self.service = service
         self._wake = wake
         self._arrived: deque[Frames | Callable[[], Coroutine[Any, Any, None]]] = deque()
+
+    def admit(self, principals: object) -> int:
+        return 0
 
     def connect(self) -> InProcessOrigin:
         """A new origin.
@@ -169,6 +175,9 @@ class InProcessFrontend:
 
     def moved(self, former: Served, served: Served) -> None:
         pass
+
+    def used(self) -> dict[str, tuple[int, ...]]:
+        return {}
 
     def drain(self, *, asks: bool) -> bool:
         return not self._arrived

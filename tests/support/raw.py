@@ -15,6 +15,7 @@ from instep.core.typing import F32, U64
 from instep_client.protocol import wire
 from instep_client.protocol.codes import PROTOCOL_VERSION
 from instep_client.protocol.wire import Code, Kind
+from tests.support.keys import Curve
 from tests.support.step_messages import apart, parts, step_header
 
 
@@ -75,7 +76,12 @@ class RawClient:
     """One connection."""
 
     def __init__(
-        self, endpoint: str, *, identity: bytes | None = None, options: Mapping[zmq.SocketOption, int] | None = None
+        self,
+        endpoint: str,
+        *,
+        identity: bytes | None = None,
+        options: Mapping[zmq.SocketOption, int] | None = None,
+        curve: Curve | None = None,
     ) -> None:
         self._context = zmq.asyncio.Context()
         self.socket = self._context.socket(zmq.DEALER)
@@ -83,6 +89,8 @@ class RawClient:
         self.socket.setsockopt(zmq.SNDHWM, 0)
         for option, value in (options or {}).items():
             self.socket.setsockopt(option, value)
+        if curve is not None:
+            curve.apply(self.socket)
         if identity is not None:
             self.socket.setsockopt(zmq.IDENTITY, identity)
         self.socket.connect(endpoint)
@@ -199,6 +207,10 @@ class RawClient:
     async def read_state(self, handles: Sequence[int] | U64) -> Reply:
         """Read states by handle."""
         return await self.ask(*self.read_state_message(handles))
+
+    def read_named_message(self, names: Sequence[str]) -> list[bytes]:
+        """A READ_STATE by name."""
+        return [msgpack.packb([Kind.READ_STATE, self.next_request(), len(names), 1]), _lines(names)]
 
     def reset_message(self, handles: Sequence[int] | U64, states: F32 | None = None) -> list[bytes]:
         """A RESET."""

@@ -152,6 +152,9 @@ class Listener:
         """See `Origin`."""
         self.events.append(event)
 
+    def check_quota(self, streams: int) -> None:
+        """See `Origin`."""
+
 
 class StreamingEngine:
     """An engine with an in-process front end, wired as `server.services` does it.

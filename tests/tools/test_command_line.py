@@ -44,6 +44,13 @@ def test_with_json_what_cannot_be_run_is_the_result_too(typed: str) -> None:
     assert in_json.stderr == in_words.stderr
 
 
+def test_a_command_does_not_take_what_goes_before_it() -> None:
+    typed = CliRunner().invoke(app, ["state", "read", "mic-7", "--key-file=x", "--json"])
+    assert (typed.exit_code, "--key-file" in json.loads(typed.stdout)["error"]) == (2, True)
+    helped = CliRunner().invoke(app, ["ping", "--help"])
+    assert "key" not in helped.stdout
+
+
 def test_a_program_looks_for_json_in_its_own_arguments(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from instep.models.folder import write_model
 from instep_client import AsyncClient
-from instep_client.replies import ListedStream, ServedModel
+from instep_client.replies import ListedStream, PrincipalUsage, ServedModel
 from instep_tools.connect import Target
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
@@ -232,3 +232,13 @@ async def test_a_swapped_model_is_shown_in_its_new_version(tmp_path: Path) -> No
         await shown.until("ears, ", absent="ears@")  # a client of the old version would keep it
         await shown.type("q")
         assert await shown.end() == 0
+
+
+def test_principals_are_shown_with_their_rates_the_busiest_first() -> None:
+    ann, bob = PrincipalUsage("ann", 100, 0, 0, 1, 1), PrincipalUsage("bob", 0, 0, 0, 1, 0)
+    before = replace(snapshot(1.0), principals=[ann, bob])
+    later = [ann._replace(frames=102), bob._replace(frames=50, refused=3, connections=2, streams=7)]
+    view = ScreenView("tcp://h:1", replace(snapshot(3.0), principals=later), before)
+    assert [(each["name"], each["rate"]) for each in view.as_json()["principals"]] == [("bob", 25), ("ann", 1)]
+    (first, _) = (line.split() for line in lines(view, 120) if line.startswith("principal"))
+    assert [word for word in first if word.isdigit()] == ["2", "7", "0", "3"]

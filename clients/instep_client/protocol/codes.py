@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final, Self
 
-PROTOCOL_VERSION: Final = 7
+PROTOCOL_VERSION: Final = 8
 DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
 MAX_NAME_BYTES: Final = 200
 MAX_MODEL_NAME_LENGTH: Final = 100
@@ -47,6 +47,7 @@ class Code(IntEnum):
     REPEATED_STREAM = 7, "a block may hold each stream only once"
     BAD_NAME = 8, f"a stream's name must be 1 to {MAX_NAME_BYTES} bytes of printable UTF-8"
     UNKNOWN_MODEL = 9, "this server serves no model of that name"
+    NOT_ALLOWED = 10, "the key of this client does not permit this; the server's operator decides what it may do"
     NOT_FINITE = 100, "the frame or state holds NaN or infinity; it was not applied and the stream's state is unchanged"
     SEQ_GAP = 101, "an earlier frame of this stream is missing; send from the expected seq"
     SEQ_REPEATED = 102, "this frame was already applied, and its output is not ready yet or no longer kept"
@@ -68,6 +69,7 @@ class Code(IntEnum):
     FRAMES_PENDING = 117, "frames or outputs of this stream are still in flight; ask again when they have arrived"
     HIBERNATED = 118, "the stream was idle and has left memory; the server wakes it: wait for its new handle (WOKEN)"
     UNLOADED = 119, "the stream was ended because its model was unloaded, and no recording keeps it"
+    BY_OPERATOR = 120, "an operator of the server closed the stream or parked it; a parked one can be resumed"
     BUSY = 200, "the server's queue is full; nothing of this message was applied; send it again later"
     TOO_MANY_STREAMS = (
         201,

@@ -3,7 +3,8 @@
     InstepError
     ├── MalformedMessage          bytes that do not follow the protocol (a bug in one of the two sides)
     ├── ConnectionFailed          nobody answers at the endpoint, or the server went away or was restarted
-    │   └── ConnectionRefused     nothing listens at the endpoint
+    │   ├── ConnectionRefused     nothing listens at the endpoint
+    │   └── HandshakeFailed       the server and the client do not agree on keys
     ├── ClientClosed              the client, stream or group was used after it was closed
     ├── InvalidInput              an argument of the wrong shape or kind; nothing was sent
     └── Refused                   the server answered with a code; `code` and `sentence` say why
@@ -42,6 +43,10 @@ class ConnectionFailed(InstepError, ConnectionError):
 
 class ConnectionRefused(ConnectionFailed, ConnectionRefusedError):
     """Nothing listens at the endpoint: the port is closed, or the socket's file is missing."""
+
+
+class HandshakeFailed(ConnectionFailed):
+    """The server wants a key, or does not know the client's, or is not the one whose key the client has."""
 
 
 class ClientClosed(InstepError):

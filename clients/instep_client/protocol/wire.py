@@ -87,6 +87,12 @@ FAILURE: Final = np.dtype(
 bytes).
 """
 
+PRINCIPAL: Final = np.dtype(
+    [("frames", "<u8"), ("refused", "<u8"), ("unread_bytes", "<u8"), ("connections", "<u4"), ("streams", "<u4")]
+)
+"""What a principal uses, in STATISTICS: the frames that it sent, its messages that a quota refused, the bytes that the
+server keeps for it, and its connections and open streams (32 bytes)."""
+
 NO_FAILURES: Final[FailureArray] = np.empty(0, FAILURE)
 
 
@@ -121,12 +127,13 @@ class Kind(IntEnum):
     FORK = 10, 3, 3  # N | handles uint64 [N], names of the copies
     LIST = 11, 5, 2  # cursor (0 at first), the most streams, place (0 for any) | what the names begin with
     MODELS = 12, 2, 1
+    REMOVE = 13, 4, 2  # N, whether to park the streams (1) or close them (0) | names
     WELCOME = 65, 20, 2  # see ServerInfo | names of the outputs, or empty
     OPENED = 66, 5, 3  # N, durability, sentences | grants [N], failures
     STEPPED = 67, 0, 2
     CLOSED = 68, 4, 3  # N, sentences | final states [N, row_bytes] (floats NaN where refused), failures
     PONG = 69, 2, 1
-    STATISTICS = 70, 3, 1  # [[name, value], …]
+    STATISTICS = 70, 3, 3  # [[name, value], …] | names of principals, principals [P]; both empty without keys
     EVICTED = 71, 5, 2  # (request 0) N, code, sentence | handles uint64 [N]
     ERROR = 72, 5, 1  # (request 0 when it could not be read) code, sentence, retry_after_us
     GOODBYE = 73, 3, 1  # (request 0) sentence
@@ -482,11 +489,11 @@ def receive_now(socket: zmq.Socket[bytes]) -> list[bytes | memoryview]:
 
 def received_from(
     router: zmq.Socket[bytes], at_most: int, most_parts: int
-) -> Iterator[tuple[bytes, list[bytes], bool]]:
-    """The messages of a ROUTER: routing id, copied frames, and whether the message has no more frames.
+) -> Iterator[tuple[bytes, list[bytes], zmq.Frame]]:
+    """The messages of a ROUTER: routing id, copied frames, and the last of these frames.
 
     At most `at_most` messages are read. Of a longer message only the first `most_parts` frames and one more are read;
-    the caller discards the rest with `skip_parts`.
+    the last one then has `more`, and the caller discards the rest with `skip_parts`.
 
     A routing id is never alone, so the socket is not asked whether there is more. (Four frames, the last three of 9, 24
     and 160 bytes: 2.2 µs; with frames for all four 3.2, with `recv_multipart` 4.5.)
@@ -504,7 +511,7 @@ def received_from(
         while frame.more and len(frames) <= most_parts:
             frame = recv(NOW, False)
             frames.append(frame.bytes)
-        yield routing_id, frames, not frame.more
+        yield routing_id, frames, frame
 
 
 def skip_parts(socket: zmq.Socket[bytes], at_most: int) -> bool:

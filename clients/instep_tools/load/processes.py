@@ -21,9 +21,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from instep_client.aio import AsyncClient
 from instep_client.protocol.errors import InstepError
-from instep_tools.connect import PATIENCE_S, Target, leave_warnings_out
+from instep_tools.connect import Target, leave_warnings_out
 from instep_tools.load.generator import LEAD_S, Connect, Load, PartResult
 from instep_tools.load.plan import LoadPart
 from instep_tools.pacing import LONGEST_NAP_S, Clock, Stop, WallClock, loop_factory
@@ -46,7 +45,7 @@ _shared: _Shared
 
 def connector(target: Target) -> Connect:
     """A function by which a load connects to a server."""
-    return lambda: AsyncClient(target.endpoint, "instep-client loadtest", PATIENCE_S, model=target.model)
+    return lambda: target.client("loadtest")
 
 
 async def run_parts(parts: Sequence[LoadPart], target: Target, stop: Stop, clock: Clock | None = None) -> PartResult:

@@ -16,9 +16,17 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from instep.config.sections import NO_RECORDING, Config, LogConfig
 
 _PREFIX: Final = "INSTEP_"
-_CLIENTS: Final = ("INSTEP_ENDPOINT", "INSTEP_MODEL")
+_CLIENTS: Final = ("INSTEP_ENDPOINT", "INSTEP_MODEL", "INSTEP_KEY_FILE", "INSTEP_SERVER_KEY")
 """Environment variables with the prefix that are for clients."""
-_PLACES: Final = ("model.folder", "http.token_file", "recording.file", "log.file")
+_PLACES: Final = (
+    "model.folder",
+    "transport.key_file",
+    "transport.peers_file",
+    "http.token_file",
+    "recording.file",
+    "log.file",
+    "audit.file",
+)
 """Keys whose values are paths."""
 KEYS: Final = tuple(f"{name}.{key}" for name, section in Config() for key in type(section).model_fields)
 """Every key as `section.key`, in the order of `configs/default.yaml`."""
@@ -38,14 +46,22 @@ class ConfigError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-class _Loader(yaml.SafeLoader):
+class RepeatedKey(yaml.MarkedYAMLError):
+    """A mapping has a key twice."""
+
+    def __init__(self, key: str, mark: yaml.Mark) -> None:
+        super().__init__(problem=f"{key} is given twice", problem_mark=mark)
+        self.key, self.line = key, mark.line + 1
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
     """A YAML loader that refuses duplicate keys, of which PyYAML keeps the last one."""
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: D102 - as of yaml.SafeLoader
         node, seen = super().compose_mapping_node(anchor), set[str]()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                raise RepeatedKey(key.value, key.start_mark)
             seen.add(key.value)
         return node
 
@@ -141,7 +157,7 @@ def _variable(path: str) -> str:
 def _from_file(file: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
-            document = _Loader(stream).get_single_data() or {}
+            document = UniqueKeyLoader(stream).get_single_data() or {}
         return {str(name): section for name, section in document.items()}
     except OSError as error:
         raise ConfigError([f"file {file}: it cannot be read: {error.strerror}"]) from None
@@ -174,7 +190,7 @@ def _placed(value: Any, base: Path) -> Any:
 def _absolute(value: Any, base: Path) -> Any:
     if isinstance(value, str):
         if value[:1] in ("[", "{"):
-            value = _Loader(value).get_single_data()
+            value = UniqueKeyLoader(value).get_single_data()
         elif value in ("", "null"):
             return None
         else:

@@ -158,6 +158,8 @@ class TransportConfig(Section):
     """The ZeroMQ socket."""
 
     endpoint: Annotated[str, AfterValidator(checked_endpoint)] = "tcp://127.0.0.1:5757"
+    key_file: Path | None = None
+    peers_file: Path | None = None
     allow_plaintext: bool = False
     max_message_bytes: Annotated[int, Field(ge=4096, le=2**31 - 1)] = 16 * 1024 * 1024
     handshake_timeout_s: TimerSeconds = 30.0
@@ -165,10 +167,13 @@ class TransportConfig(Section):
 
     @model_validator(mode="after")
     def _asks_nobody_who_he_is(self) -> Self:
-        if not is_loopback(self.endpoint) and not self.allow_plaintext:
+        if (self.key_file is None) != (self.peers_file is None):
+            missing, given = ("key_file", "peers_file") if self.key_file is None else ("peers_file", "key_file")
+            raise ValueError(f"transport.{given}: it needs a transport.{missing}: docs/security.md shows both")
+        if not is_loopback(self.endpoint) and not self.allow_plaintext and self.key_file is None:
             raise ValueError(
-                f"transport.endpoint: {self.endpoint} can be reached from other machines, and there is no encryption "
-                "and no check of who connects yet: anybody on that network could read the streams and send frames; use "
+                f"transport.endpoint: {self.endpoint} can be reached from other machines, and without keys anybody on "
+                "that network could read the streams and send frames; make keys (docs/security.md), use "
                 "tcp://127.0.0.1:PORT, or set transport.allow_plaintext: true if you trust that network"
             )
         return self
@@ -263,6 +268,12 @@ class LogConfig(Section):
     summary_s: Seconds = 10.0
 
 
+class AuditConfig(Section):
+    """The audit; no file means none is written."""
+
+    file: Path | None = None
+
+
 class Config(Section):
     """The complete configuration; one that contradicts itself cannot be made."""
 
@@ -275,6 +286,7 @@ class Config(Section):
     verify: VerifyConfig = VerifyConfig()
     shutdown: ShutdownConfig = ShutdownConfig()
     log: LogConfig = LogConfig()
+    audit: AuditConfig = AuditConfig()
 
     @model_validator(mode="after")
     def _verifies_what_is_recorded(self) -> Self:

@@ -49,6 +49,10 @@ class StreamTable:
         """The seq with which the stream began."""
         self.recording_id: U32 = np.zeros(rows, np.uint32)
         """The stream's number in the recording."""
+        self.principal: U32 = np.zeros(rows, np.uint32)
+        """The principal that the stream counts towards, also while it is parked; 0 for none."""
+        self.principal_of: U32 = np.zeros(len(tables.origins), np.uint32)
+        """By the number of an owner, its principal."""
         self._first_generation: U32 = streams["first_generation"]
         self._names: list[str] = [""] * rows
         self._slots_of_names: dict[str, int] = {}
@@ -116,6 +120,7 @@ class StreamTable:
         self.unanswered[granted] = 0
         for flag in (self.closing, self.lost):
             flag[granted] = False
+        self.principal[granted] = self.principal_of[owner]
         self.last_active_ns[granted] = now_ns
         self._first_generation[granted] = self.slots.generations(granted)
         self._new_epochs(granted, None)
@@ -150,6 +155,7 @@ class StreamTable:
         """
         self.slots.renew(slots)
         self._move(slots, owner)
+        self.principal[slots] = self.principal_of[owner]
         self._new_epochs(slots, former_epochs)
         self.granted_to[slots] = arrival
         self.last_active_ns[slots] = now_ns
@@ -184,6 +190,14 @@ class StreamTable:
         self.owner[slots] = NO_OWNER
         self.closing[slots] = False
         self.slots.release(slots)
+
+    def count_of(self, principal: int) -> int:
+        """How many streams count towards a principal."""
+        return int(np.count_nonzero((self.principal == principal) & (self.owner != NO_OWNER)))
+
+    def counts(self) -> I64:
+        """How many streams count towards each principal, by its number."""
+        return np.bincount(self.principal[self.owner != NO_OWNER])
 
     def open_slots(self) -> I64:
         """Slots of all open streams, including closing ones: int64 [N], rising."""

@@ -133,7 +133,10 @@ async def stream_all(endpoint: str, producers: Sequence[Producer], connections: 
     Raises:
         InstepError: when the server refuses or goes away.
     """
-    clients = [AsyncClient(endpoint, f"producer-{number + 1}") for number in range(connections)]
+    clients = [  # without what the environment says of another server
+        AsyncClient(endpoint, f"producer-{number + 1}", model="", key_file="", server_key="")
+        for number in range(connections)
+    ]
     try:
         await asyncio.gather(*(client.connect() for client in clients))
         streams = await asyncio.gather(

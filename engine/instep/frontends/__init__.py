@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from instep.frontends.models import Served
+    from instep.security.principals import Principals
 
 
 class CannotListen(Exception):
@@ -49,6 +50,12 @@ class Frontend(Protocol):
 
     def moved(self, former: Served, served: Served) -> None:
         """Hand the connections of a model, whose streams have moved, to another version."""
+
+    def admit(self, principals: Principals) -> int:
+        """Let in who these are, and end the connections of all others; return the number of those."""
+
+    def used(self) -> dict[str, tuple[int, ...]]:
+        """What principals with keys use, by name: the fields of `wire.PRINCIPAL`."""
 
     def drain(self, *, asks: bool) -> bool:
         """Whether all delivered replies have been read, as far as known; with `asks`, ask the producers."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
@@ -53,17 +53,18 @@ class Models:
         """The model for connections that name none."""
         return next(iter(self._models.values()))
 
-    def find(self, name: str) -> Served:
-        """The model of that name.
+    def find(self, name: str, may_use: Callable[[str], bool] = lambda name: True) -> Served:
+        """The model of that name, or the first one where it is empty, among those that the asker may use.
 
         Raises:
             Refusal: with UNKNOWN_MODEL.
         """
-        if name not in self._models:
-            close = get_close_matches(name, self._models, n=1)
+        models = [each for each in self._models if may_use(each)]
+        if name not in models and (name or not models):
+            close = get_close_matches(name, models, n=1)
             meant = f"did you mean {close[0]!r}? " if close else ""
-            raise Refusal(Code.UNKNOWN_MODEL, f"{name!r:.120}; {meant}it serves {', '.join(map(repr, self._models))}")
-        return self._models[name]
+            raise Refusal(Code.UNKNOWN_MODEL, f"{name!r:.120}; {meant}it serves {', '.join(map(repr, models))}")
+        return self._models[name or models[0]]
 
     def add(self, served: Served) -> None:
         """Add a model, replacing one of the same name."""

@@ -40,3 +40,9 @@ def _exists(path: Path) -> bool:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def in_line(error: Exception) -> str:
+    """Where PyYAML found an error, without its words, because they quote a file that may be another one."""
+    mark = getattr(error, "problem_mark", None)
+    return f": there is an error in line {mark.line + 1}" if mark is not None else ""

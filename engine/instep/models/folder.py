@@ -17,10 +17,12 @@ import torch
 import yaml
 
 from instep.models.base import Description
-from instep.models.errors import DESCRIPTION_FILE, ModelError, no_folder
+from instep.models.errors import DESCRIPTION_FILE, ModelError, in_line, no_folder
 from instep.models.model import Model, check_weights, load_weights, weights_bytes
 from instep.models.module.description import MAX_JSON_BYTES, graph_text, parsed_graph
 from instep.models.registry import KINDS, ModelKind, kind_of_network, parse_description
+from instep_client.key_files import read_text
+from instep_client.protocol.errors import InvalidInput
 from instep_tools.problems import part_of
 
 WEIGHTS_FILE: Final = "weights.safetensors"
@@ -51,20 +53,17 @@ def load_model(folder: str | Path) -> Model:
     if problem := no_folder(folder):
         raise ModelError(": ".join(problem))
     try:
-        check_regular(path)
         written_ns = _written_ns(path)
-        content = path.read_bytes()
-    except OSError as error:
+        content, _ = read_text(path)
+    except (InvalidInput, OSError) as error:
         raise ModelError(
-            f"cannot read {path}: {error.strerror}; a model folder holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and "
-            "instep.models.save_model or `instep model import` makes one"
+            f"{error}; a model folder holds {DESCRIPTION_FILE} and {WEIGHTS_FILE}, and instep.models.save_model or "
+            "`instep model import` makes one"
         ) from None
     try:
         fields = yaml.load(content, _ModelLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path} is not YAML: {' '.join(str(error).split())}; correct it") from None
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError):  # PyYAML's on what it does not expect
-        raise ModelError(f"{path} has a value that does not fit its tag, or too many levels; correct it") from None
+    except Exception as error:  # also PyYAML's own, of values that do not fit their tags, and nesting that is too deep
+        raise ModelError(f"{path} is not YAML{in_line(error)}; correct it") from None
     if not isinstance(fields, dict):
         raise ModelError(f"{path} must hold the keys of a network's description, such as features and gru; add them")
     for network in _networks(fields):

@@ -12,7 +12,7 @@ import structlog
 from instep.config import Config
 from instep.frontends import CannotListen
 from instep.frontends.http.admin import AdminServer, bind
-from instep.frontends.http.security import read_token
+from instep.frontends.http.security import read_tokens
 from instep.frontends.models import Models
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound, Peer
@@ -20,6 +20,8 @@ from instep.frontends.zmq.router import Router
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
+from instep.security.keys import ServerKeys
+from instep.security.principals import KeysError
 from instep.server import checks
 from instep.server.live_verification import Supervision
 from instep.server.loop import Loop, Shutdown
@@ -55,7 +57,7 @@ def make_server(
     with ExitStack() as undo:
         try:
             server = _make_server(config, prepared, log, make_stepper, forks, supervision or Supervision(), undo)
-        except (CannotListen, RecordingError) as error:
+        except (CannotListen, KeysError, RecordingError) as error:
             raise CannotServe(with_advice(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
             raise _no_memory(config, error) from None
@@ -85,9 +87,10 @@ def _make_server(
         stepper = make_stepper(each.prepared, config) if make_stepper is not None else None
         foundations.append(foundation := lay_foundation(config, each.prepared, forks=apart, stepper=stepper))
         undo.callback(foundation.executor.stop, 0.0)
-    router = Router(config.transport)
+    keys = ServerKeys.read(config.transport)
+    router = Router(config.transport, keys)
     undo.callback(router.close)
-    token = read_token(config.http)
+    tokens = read_tokens(config.http)
     listener = bind(config.http, log)
     if listener is not None:
         undo.callback(listener.close)
@@ -114,13 +117,14 @@ def _make_server(
     for service, writer, recovery in opened:
         record(service, writer, recovery, config, loop, shutdown)
     server = Server(config, shutdown, loop, models, log, supervision)
+    server.principals = None if keys is None else keys.principals
     for foundation, service, each in zip(foundations, services, planned, strict=True):
         served = make_served(config, foundation, service)
         if each.kept_as:
             served.keep_as(each.kept_as)
         server.add(served)
     if listener is not None:
-        server.admin = AdminServer(listener, token, server, log)
+        server.admin = AdminServer(listener, tokens, server, log)
     return server
 
 
@@ -129,8 +133,12 @@ def _frontend(
 ) -> ZmqFrontend:
     def detach(peer: Peer) -> None:
         service = peer.served.service
-        log.debug("disconnected", connection=peer.number, streams=int(service.engine.table.owned[peer.number]))
+        about = {"connection": peer.number, "principal": peer.principal.name}
+        about |= {"reason": peer.reason} if peer.reason else {}
+        log.debug("disconnected", **about, streams=int(service.engine.table.owned[peer.number]))
         service.reaper.detach(peer)
+        if router.authenticator is not None:
+            router.authenticator.dismiss(peer.connection)
 
     outbound = Outbound(
         router,
@@ -142,7 +150,7 @@ def _frontend(
         detach,
     )
     probe_after_ns = round(config.transport.heartbeat_s * 1e9)
-    return ZmqFrontend(models, router, outbound, config.limits.max_connections, probe_after_ns, loop.wake, log)
+    return ZmqFrontend(models, router, outbound, checks.max_connections(config), probe_after_ns, loop.wake, log)
 
 
 def _no_memory(config: Config, error: Exception) -> CannotServe:

@@ -19,13 +19,16 @@ import structlog
 from instep.config import Config
 from instep.core.tables import STREAM
 from instep.frontends import CannotListen
-from instep.frontends.http.security import DEFAULT, cannot_listen, read_token
+from instep.frontends.http.security import DEFAULT, cannot_listen, read_tokens
 from instep.memory import size, usable_memory
 from instep.models.errors import no_folder
 from instep.recording.database import check_file, check_place, lost_tail
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import check_not_written
 from instep.runtime.executor import usable_cores
+from instep.security.authenticator import MAX_FILES
+from instep.security.keys import ServerKeys
+from instep.security.principals import KeysError
 from instep.server.recording_files import check_several
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
 MAX_BUFFERED_BYTES: Final = 256 * 1024 * 1024
 """The limit of unread replies, for all connections together."""
-FILES_BESIDE_CONNECTIONS: Final = 100
+_FILES_BESIDE_CONNECTIONS: Final = 100
 """The approximate number of files that a server opens in addition to one for each connection."""
 _NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.s3fs")
 
@@ -56,7 +59,7 @@ class Finding(NamedTuple):
 
 def before_loading(config: Config, *, restart: bool = False) -> Iterator[Finding]:
     """Check everything that needs no loaded model, without writing anything; `restart` is as in `serve.run`."""
-    for check in (_folders, _recording, _ports, _token, _memory, _disk, _cores, _open_files):
+    for check in (_folders, _recording, _audit, _ports, _secrets, _memory, _disk, _cores, _open_files):
         yield from check(config)
     if restart and config.transport.endpoint.endswith(":*"):
         sentence = "--restart needs a port"
@@ -127,10 +130,10 @@ def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool
             of_model = log_of(each.model.name, log, is_only=is_only)
             if (versions := find_recording(config, each, of_model, is_only=is_only)) is not None:
                 _look_through(versions.file, config, each, of_model)
-        Router(config.transport).close()
+        Router(config.transport, ServerKeys.read(config.transport)).close()
         if (listener := bind(config.http, log)) is not None:
             listener.close()
-    except (RecordingError, CannotListen) as error:
+    except (CannotListen, KeysError, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None
     admin = {} if listener is None else {"http": _with_port(f"http://{config.http.endpoint}")}
     for each in prepared:
@@ -143,6 +146,19 @@ def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool
             exactness=each.exactness,
             max_streams=config.engine.max_streams,
         )
+
+
+def files_kept_back(config: Config) -> int:
+    """Descriptors that connections with HELLO may not take: for files, HTTP, and connections without HELLO."""
+    return _FILES_BESIDE_CONNECTIONS + (MAX_FILES if config.transport.key_file is not None else 0)
+
+
+def max_connections(config: Config) -> int:
+    """Connections that may say HELLO: fewer than configured where the hard limit of open files is low."""
+    hard = _file_limits()[1]
+    if hard == resource.RLIM_INFINITY:
+        return config.limits.max_connections
+    return min(config.limits.max_connections, max(hard // 2, hard - files_kept_back(config)))
 
 
 def allow_open_files(wanted: int) -> int:
@@ -188,6 +204,12 @@ def _recording(config: Config) -> Iterator[Finding]:
         yield Finding("problem", with_advice(error), "")
 
 
+def _audit(config: Config) -> Iterator[Finding]:
+    file = config.audit.file
+    if file is not None and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+        yield Finding("problem", f"audit.file {file} cannot be written", "name a file where this user may write")
+
+
 def _ports(config: Config) -> Iterator[Finding]:
     endpoint, http = config.transport.endpoint, config.http.endpoint
     family = socket.AF_INET6 if "[" in endpoint else socket.AF_INET  # of a name, ZeroMQ takes the address of IPv4
@@ -216,11 +238,13 @@ def _is_in_use(address: str, family: int = socket.AF_UNSPEC) -> bool:
     return False
 
 
-def _token(config: Config) -> Iterator[Finding]:
-    try:
-        read_token(config.http)
-    except CannotListen as error:
-        yield Finding("problem", str(error), "")
+def _secrets(config: Config) -> Iterator[Finding]:
+    for read in (lambda: ServerKeys.read(config.transport), lambda: read_tokens(config.http)):
+        try:
+            read()
+        except (CannotListen, KeysError) as error:
+            for problem in str(error).splitlines():
+                yield Finding("problem", problem, "")
 
 
 def _memory(config: Config) -> Iterator[Finding]:
@@ -276,7 +300,7 @@ def _cores(config: Config) -> Iterator[Finding]:
 
 
 def _open_files(config: Config) -> Iterator[Finding]:
-    hard, needed = _file_limits()[1], config.limits.max_connections + FILES_BESIDE_CONNECTIONS
+    hard, needed = _file_limits()[1], config.limits.max_connections + files_kept_back(config)
     if hard != resource.RLIM_INFINITY and hard < needed:
         what = (
             f"{hard:,} files may be open, and limits.max_connections of {config.limits.max_connections:,} needs "

@@ -33,8 +33,12 @@ class Threshold:
         return event
 
 
-def make_log(config: LogConfig, threshold: Threshold | None = None) -> structlog.stdlib.BoundLogger:
-    """Make a logger without changing global state. A `threshold` replaces the level in `config`.
+def make_log(
+    config: LogConfig, threshold: Threshold | None = None, audit: structlog.typing.Processor | None = None
+) -> structlog.stdlib.BoundLogger:
+    """Make a logger without changing global state.
+
+    A `threshold` replaces the level in `config`; the `audit` sees lines of every level.
 
     Raises:
         OSError: when the file cannot be written.
@@ -49,6 +53,7 @@ def make_log(config: LogConfig, threshold: Threshold | None = None) -> structlog
         _StandardError() if config.file is None else _LogFile(config.file),
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         processors=[
+            *([] if audit is None else [audit]),
             threshold or Threshold(config.level),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt=time_format, utc=True),

@@ -337,7 +337,7 @@ class Loader:
                 self._record(each)
                 self._server.add(each.served)
             undo.pop_all()
-        log.info("loaded", folder=str(prepared.model_path))
+        log.info("loaded", folder=str(prepared.model_path), fingerprint=prepared.model.fingerprint)
 
     def _check_swap(self, config: Config, prepared: Prepared) -> None:
         """Refuse a version that cannot replace the served one.

@@ -8,11 +8,13 @@ import gc
 import json
 import mmap
 import os
+import re
 import shlex
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -20,11 +22,15 @@ import torch
 
 from instep.config import Config, ConfigError, ModelConfig
 from instep.core.compiled import are_cached
+from instep.frontends import CannotListen
+from instep.frontends.http.security import read_tokens
+from instep.security.principals import KeysError, Principals
 from instep.server.assembly import make_server
+from instep.server.audit import Audit
 from instep.server.checks import (
-    FILES_BESIDE_CONNECTIONS,
     allow_open_files,
     before_loading,
+    files_kept_back,
     settle,
     with_all_streams,
 )
@@ -33,6 +39,7 @@ from instep.server.models import UNDER_WAY
 from instep.server.preparation import CannotServe, Prepared, prepare
 from instep.server.server import Server
 from instep.server.supervisor import supervise
+from instep.streaming.tasks import Tasks, in_daemon_thread
 from instep.streaming.warm_up import warm_up
 
 
@@ -142,7 +149,7 @@ class Kept:
         return memoryview(self._shared)[1:][half * _KEPT_BYTES :][:_KEPT_BYTES]
 
 
-def reload(
+async def reload(
     server: Server,
     reread: Callable[[], Config],
     threshold: Threshold,
@@ -151,16 +158,22 @@ def reload(
 ) -> None:
     """Read the configuration again and apply the changeable keys; a broken one changes nothing.
 
+    Files are read in a thread, because their disk may be slow. One reload may be under way at a time.
+
     The changes are logged at any level, also those of models, which are under way; their success is logged later.
     `reread` raises ConfigError. `kept` gets the new values, and the models once they are accepted.
     """
     running, level = server.config, threshold.level
     threshold.level = "info"  # whoever sent the signal is told what came of it
     try:
-        wanted = reread()
+        wanted, tokens = await in_daemon_thread(lambda: (reread(), read_tokens(running.http)), "instep-reload")
         models = {"model": server.loader.config}
         under_way = [text for path, text in differences(running.model_copy(update=models), wanted) if path in MODELS]
         server.configure(_with_values(running, _changeable(wanted)))
+        if server.admin is not None:
+            server.admin.admit(tokens)
+            if tokens is not None:
+                log.info("tokens reloaded", tokens=len(tokens))
         server.loader.reload(wanted.model, lambda: kept.keep(server))
         level = wanted.log.level
         changed = dict(differences(running, wanted))
@@ -178,6 +191,30 @@ def reload(
         kept.keep(server)
         for problem in error.problems:
             log.error("not reloaded", reason=str(problem))
+    except CannotListen as error:
+        server.unread = str(error)
+        kept.keep(server)
+        log.error("not reloaded", reason=server.unread)
+    finally:
+        threshold.level = level
+    await _reload_peers(server, threshold, log)
+
+
+async def _reload_peers(server: Server, threshold: Threshold, log: structlog.stdlib.BoundLogger) -> None:
+    """Read the file of peers again; a broken one changes nothing."""
+    file = server.config.transport.peers_file
+    if file is None:
+        return
+    level, threshold.level = threshold.level, "info"
+    try:
+        principals = await in_daemon_thread(partial(Principals.read, file), "instep-reload")
+        log.info("peers reloaded", peers=len(principals.by_name), connections_ended=server.admit(principals))
+        _warn_of_peers(server, log)
+    except KeysError as error:
+        problem = "transport.peers_file was not reloaded: see the log"  # whoever asks /readyz needs no token
+        server.unread = "; ".join(filter(None, (server.unread, problem)))
+        for problem in error.problems:
+            log.error("peers not reloaded", reason=problem)
     finally:
         threshold.level = level
 
@@ -246,7 +283,10 @@ def run(
         SystemExit: in the parent of the child, with the child's status.
     """
     threshold = Threshold(config.log.level)
-    log = make_log(config.log, threshold)
+    audit = Audit(config.audit.file) if config.audit.file is not None else None
+    log = make_log(config.log, threshold, audit)
+    if audit is not None:
+        audit.log = log
     settle(before_loading(config, restart=restart), log)
     prepared = prepare(config, log, restart=restart)
     settle(with_all_streams(config, prepared), log)
@@ -256,9 +296,13 @@ def run(
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
     manager = ServiceManager(os.environ, log)
     start = _Start(reread or (lambda: config), on_ready, Kept(), manager, restart, _has_terminal())
-    if restart and supervise(log):
-        return _serve_again(config, prepared, log, threshold, start)
-    return asyncio.run(_serve(config, prepared, log, threshold, start))
+    try:
+        if restart and supervise(log):
+            return _serve_again(config, prepared, log, threshold, start)
+        return asyncio.run(_serve(config, prepared, log, threshold, start))
+    finally:
+        if audit is not None:
+            audit.close()
 
 
 def _serve_again(
@@ -295,12 +339,18 @@ async def _serve(
     unread: str = "",
     problem: str = "",
 ) -> int:
-    allow_open_files(config.limits.max_connections + FILES_BESIDE_CONNECTIONS)
+    allow_open_files(config.limits.max_connections + files_kept_back(config))
     server = make_server(config, prepared, log)
     server.unread, server.loader.problem = unread, problem
     if problem:
         log.error("models not reloaded", reason=problem)
+    log.debug("configuration", **config.model_dump(mode="json"))
     stops = 0
+    reloads, turn = Tasks(lambda error: log.error("bug in a reload", exc_info=error)), asyncio.Lock()
+
+    async def reload_in_turn() -> None:
+        async with turn:
+            await reload(server, start.reread, threshold, log, start.kept)
 
     def stop() -> None:
         nonlocal stops
@@ -316,7 +366,7 @@ async def _serve(
         if start.has_terminal and not _has_terminal():
             stop()
         else:
-            reload(server, start.reread, threshold, log, start.kept)
+            reloads.start(reload_in_turn())
 
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, stop)
@@ -363,5 +413,21 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
             max_streams=server.config.engine.max_streams,
         )
     admin = {} if server.admin is None else {"http": server.admin.url}
-    asks = f"instep-client ping -e {shlex.quote(server.endpoint)}"
-    log.info("serving", endpoint=server.endpoint, **admin, next=asks)
+    endpoint = re.sub(r"//(0\.0\.0\.0|\*|\[::\]):", "//127.0.0.1:", server.endpoint)
+    asks, keys = f"ping -e {shlex.quote(endpoint)}", {}
+    if server.principals is not None and (key_file := server.config.transport.key_file) is not None:
+        keys = {"keys": "on", "peers": len(server.principals.by_name)}
+        asks = f"--key-file NAME.key_secret --server-key {shlex.quote(str(key_file.with_suffix('.key')))} {asks}"
+    log.info("serving", endpoint=server.endpoint, **admin, **keys, next=f"instep-client {asks}")
+    _warn_of_peers(server, log)
+
+
+def _warn_of_peers(server: Server, log: structlog.stdlib.BoundLogger) -> None:
+    if server.principals is None:
+        return
+    peers = server.principals.by_name.values()
+    if not peers:
+        log.warning("nobody may connect", reason="transport.peers_file names nobody", next="instep keys new NAME")
+    served = {each.service.name for each in server.models}
+    if unknown := {model for each in peers for model in each.models or ()} - served:
+        log.warning("peers may use models that are not served", models=sorted(unknown))

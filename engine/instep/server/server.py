@@ -20,6 +20,7 @@ from instep.frontends import Frontend
 from instep.frontends.http.admin import AdminServer
 from instep.frontends.models import Models, Served
 from instep.recording.recorder import Recorder
+from instep.security.principals import Principals
 from instep.server.live_verification import LiveVerification, Supervision
 from instep.server.loop import Loop, Shutdown, Stall
 from instep.server.models import Loader, LoadingThread
@@ -133,6 +134,8 @@ class Server:
         supervision: Supervision,
     ) -> None:
         self.config = config
+        self.principals: Principals | None = None
+        """Who may connect; None without keys."""
         self.unread = ""
         """The reason that the last configuration, apart from its models, is not in force; empty if it is."""
         self.unanswered_messages = 0
@@ -234,6 +237,10 @@ class Server:
         """The models, beginning with the default."""
         return [served.service for served in self.models]
 
+    def used(self) -> dict[str, tuple[int, ...]]:
+        """What principals use, by name; see `Frontend.used`."""
+        return {name: used for frontend in self._frontends for name, used in frontend.used().items()}
+
     @property
     def default(self) -> ModelService:
         """The model of connections that name none."""
@@ -279,6 +286,11 @@ class Server:
             service.operations.hibernation.limits = idle_limits(config)
         for served in self.models:
             served.info = replace(served.info, max_idle_s=limits.max_idle_s, park_s=limits.park_s)
+
+    def admit(self, principals: Principals) -> int:
+        """Let in who these are from now on; return the number of connections of others, which end."""
+        self.principals = principals
+        return sum(frontend.admit(principals) for frontend in self._frontends)
 
     def stop(self, *, drain: bool = True) -> None:
         """Refuse everything new, answer all admitted messages (unless `drain` is False), then end `serve`."""

@@ -94,6 +94,9 @@ class Origin(Protocol):
     def notify(self, event: StreamEvent) -> None:
         """Report a change of streams of this origin."""
 
+    def check_quota(self, streams: int) -> None:
+        """Raise a Refusal if it may not open this number of streams more."""
+
 
 class Refusal(Exception):
     """A request was refused as a whole, and nothing of it was applied.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ class Sleeper(NamedTuple):
     """The time since which it is idle or, without an owner, since which its connection is gone."""
     handle: int = 0
     """The owner's handle; 0 without an owner."""
+    principal: int = 0
+    """The principal that it counts towards."""
 
 
 class Tombstones:
@@ -120,6 +123,8 @@ class Hibernation(Mapping[str, Sleeper]):
         self.limits = limits
         self._tasks = tasks
         self._asleep: dict[str, Sleeper] = {}
+        self.count_of: Counter[int] = Counter()
+        """How many hibernate, by the principal that they count towards; those of none are not counted."""
         self._busy: dict[str, asyncio.Future[None]] = {}
         """Names of streams that are being read from the recording, to be woken or closed."""
         self._newest_lsn = 0
@@ -248,12 +253,14 @@ class Hibernation(Mapping[str, Sleeper]):
         self._newest_lsn = self._journal.newest  # their openings and owners count too
         origins, numbers, now_ns = engine.origins, table.recording_ids(slots), time.monotonic_ns()
         owners, epochs, handles = table.owner[slots], table.epoch[slots], table.slots.handles(slots)
-        columns = slots, numbers, owners, table.last_active_ns[slots], epochs, handles
-        for slot, number, owner, active_ns, epoch, handle in zip(*(each.tolist() for each in columns), strict=True):
+        columns = slots, numbers, owners, table.last_active_ns[slots], epochs, handles, table.principal[slots]
+        by_stream = zip(*(each.tolist() for each in columns), strict=True)
+        for slot, number, owner, active_ns, epoch, handle, principal in by_stream:
             name, origin = table.name(slot), origins[owner]
             is_leaving = origin is None and owner != table.parked  # its connection has just gone
             since_ns = now_ns if is_leaving else active_ns
-            self._asleep[name] = Sleeper(number, origin, since_ns, 0 if origin is None else handle)
+            self._asleep[name] = Sleeper(number, origin, since_ns, 0 if origin is None else handle, principal)
+            self.count_of[principal] += 1
             if origin is not None:
                 engine.asleep[handle] = origin, name, epoch
         engine.events.add_all("hibernated", table.names(slots), seqs=table.next_seq[slots])
@@ -265,6 +272,7 @@ class Hibernation(Mapping[str, Sleeper]):
     def _leave(self, name: str) -> Sleeper:
         """Remove a stream that is in memory again or has ended."""
         asleep = self._asleep.pop(name)
+        self.count_of[asleep.principal] -= 1
         self._engine.asleep.pop(asleep.handle, None)
         return asleep
 
@@ -358,6 +366,7 @@ class Hibernation(Mapping[str, Sleeper]):
         for slot, stream in zip(slots.tolist(), streams, strict=False):
             asleep = self._leave(stream.name)
             self._table.last_active_ns[slot] = asleep.since_ns  # being woken does not prolong its time
+            self._table.principal[slot] = asleep.principal
             if asleep.owner is not None and self._engine.origins.is_connected(asleep.owner):
                 owned.setdefault(asleep.owner, []).append((slot, asleep.handle))
         for owner, pairs in owned.items():
@@ -439,15 +448,22 @@ class Hibernation(Mapping[str, Sleeper]):
         for name in looked_at:
             if (asleep := self._asleep.get(name)) is None:
                 continue
-            stream, owner, since_ns, handle = asleep
+            owner, since_ns = asleep.owner, asleep.since_ns
             if owner is not None and not origins.is_connected(owner):
-                self._engine.asleep.pop(handle, None)
-                self._asleep[name] = Sleeper(stream, None, now_ns)
+                self.park([name], now_ns)
             elif (owner is None or limits.max_idle_ns) and now_ns - since_ns > (
                 limits.park_ns if owner is None else limits.max_idle_ns
             ):
                 old[name] = None
         return [name for name in old if name not in self._busy]
+
+    def park(self, names: Names, now_ns: int) -> list[tuple[Origin, U64]]:
+        """Take hibernating streams from their owners, and return these, each with its handle."""
+        owned = {name: asleep for name in names if (asleep := self._asleep.get(name)) and asleep.owner is not None}
+        for name, asleep in owned.items():
+            self._engine.asleep.pop(asleep.handle, None)
+            self._asleep[name] = asleep._replace(owner=None, since_ns=now_ns, handle=0)
+        return _owners(owned.values())
 
     async def _expire(self, names: list[str]) -> None:
         """Close streams; later requests for them get EXPIRED."""
@@ -463,23 +479,29 @@ class Hibernation(Mapping[str, Sleeper]):
             self._engine.stats.evicted("expired", len(streams))
             self._engine.origins.notify(_owners(asleep[stream.name] for stream in streams), Code.EXPIRED)
 
-    async def close(self, handles: Mapping[str, int], have: Mapping[str, int]) -> dict[str, tuple[Code | None, U8]]:
+    async def close(
+        self, have: Mapping[str, int], handles: Mapping[str, int] | None = None
+    ) -> dict[str, tuple[Code | None, U8]]:
         """Close streams without waking them.
 
         Args:
-            handles: by name, the owner's handles.
             have: by name, the seq below which the owner has every output or gives it up.
+            handles: by name, the owner's handles; None for an operator, of whom the owners are notified.
 
         Returns:
             By name, for streams that hibernated: the code of a refusal or None, and the final state, uint8 [row_bytes].
         """
         nothing = self._states.spec.missing(1)[0]
         closed: dict[str, tuple[Code | None, U8]] = {}
-        names = [name for name in await self._sleepers(list(have), set()) if self._asleep[name].handle == handles[name]]
+        names = await self._sleepers(list(have), set())
+        if handles is not None:
+            names = [name for name in names if self._asleep[name].handle == handles[name]]
         with self._reading(names):
             for first in range(0, len(names), _AT_ONCE):
                 part = {name: self._asleep[name] for name in names[first : first + _AT_ONCE]}
                 streams, refused = await self._end(part, "closed", "closed", have)
+                if handles is None:
+                    self._engine.origins.notify(_owners(part[each.name] for each in streams), Code.BY_OPERATOR)
                 closed |= {name: (code, nothing) for name, code in refused.items()}
                 rows = self._rows(streams)
                 closed |= {stream.name: (None, row) for stream, row in zip(streams, rows, strict=True)}

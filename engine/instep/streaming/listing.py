@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final, NamedTuple
@@ -56,6 +58,14 @@ class Listing:
         self._table = table
         self._hibernation = hibernation
 
+    def count_of(self, principal: int) -> int:
+        """How many streams count towards a principal, in memory and hibernating."""
+        return self._table.count_of(principal) + self._hibernation.count_of[principal]
+
+    def counts(self) -> Counter[int]:
+        """The counts of all principals at once."""
+        return Counter(dict(enumerate(self._table.counts().tolist()))) + self._hibernation.count_of
+
     def find(self, name: str, now_ns: int) -> StreamStatus | None:
         """The open stream of a name, if it exists; `now_ns` is on the monotonic clock."""
         slots = self._table.find([name])
@@ -63,34 +73,36 @@ class Listing:
             return self._in_memory(slots, now_ns)[0]
         return self._asleep(name, now_ns) if name in self._hibernation else None
 
-    def page(self, cursor: int, most: int, place: int, prefix: str, now_ns: int) -> ListedPage:
+    def page(self, cursor: int, most: int, place: int, accepts: Callable[[str], bool], now_ns: int) -> ListedPage:
         """List streams from a cursor on.
 
         Args:
             cursor: 0 for the first page, otherwise the cursor of the page before.
             most: the most streams on the page.
             place: a `Place`, or 0 for any.
-            prefix: the beginning of their names.
+            accepts: whether to list the stream of a name.
             now_ns: on the monotonic clock.
         """
         slots = len(self._table.owner)
         if cursor < slots:
-            return self._page_in_memory(cursor, most, place, prefix, now_ns)
+            return self._page_in_memory(cursor, most, place, accepts, now_ns)
         if place not in (0, Place.HIBERNATING):
             return ListedPage([], 0)
         names = list(islice(self._hibernation, cursor - slots, cursor - slots + SCANNED))
-        found = [at for at, name in enumerate(names) if name.startswith(prefix)]
+        found = [at for at, name in enumerate(names) if accepts(name)]
         after = cursor + (found[most] if len(found) > most else len(names))
         streams = [(names[at], self._asleep(names[at], now_ns)) for at in found[:most]]
         return ListedPage(streams, after if after < slots + len(self._hibernation) else 0)
 
-    def _page_in_memory(self, first: int, most: int, place: int, prefix: str, now_ns: int) -> ListedPage:
+    def _page_in_memory(
+        self, first: int, most: int, place: int, accepts: Callable[[str], bool], now_ns: int
+    ) -> ListedPage:
         table = self._table
         end = min(first + SCANNED, len(table.owner))
         if place == Place.HIBERNATING:
             return ListedPage([], end)
         slots = table.open_between(first, end, parked=place == Place.PARKED if place else None)
-        named = [slot for slot in slots.tolist() if table.name(slot).startswith(prefix)]
+        named = [slot for slot in slots.tolist() if accepts(table.name(slot))]
         chosen = np.array(named[:most], np.int64)
         streams = list(zip(table.names(chosen), self._in_memory(chosen, now_ns), strict=True))
         return ListedPage(streams, named[most] if len(named) > most else end)

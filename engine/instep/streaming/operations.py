@@ -22,7 +22,7 @@ from instep.streaming.hibernation import Hibernation
 from instep.streaming.states import StreamStates
 from instep.streaming.stats import EventKind
 from instep.streaming.tasks import Tasks
-from instep_client.protocol.codes import Code
+from instep_client.protocol.codes import HAVE_ALL, Code
 
 _ENDS: Final[dict[str, EventKind]] = {"closed": "closed", "failed": "lost", "state_lost": "lost"}
 """By reason of an end, the kind of its event, unless that is `evicted`."""
@@ -61,12 +61,16 @@ class StreamOperations:
             names: valid names, some of which may be in use.
             states: initial states [N, row_bytes]; None for the model's own.
             first_seqs: the seqs of their first frames, int64 [N], None for 0.
+
+        Raises:
+            Refusal: the origin may not open so many more.
         """
         in_use = self._table.find(names) != SCRATCH_SLOT
         fresh = {name for name, used in zip(names, in_use.tolist(), strict=True) if not used}
         await self.hibernation.make_room(sum(name not in self.hibernation for name in fresh))
         if not self._origins.is_connected(origin):  # gone since it asked; its number may be another's now
             return Grants.none(np.full(len(names), Code.CLIENT_GONE, np.int32))
+        origin.check_quota(len(fresh))
         slots, codes = self._table.open(names, origin.number, time.monotonic_ns(), first_seqs, self.hibernation)
         granted = codes == 0
         opened = slots[granted]
@@ -105,6 +109,9 @@ class StreamOperations:
             handles: of the originals, uint64 [N].
             names: of the copies.
             codes: int32 [N], not 0 for copies that are already refused.
+
+        Raises:
+            Refusal: as `open`.
         """
         slots, found = await self._own(origin, handles)
         codes = np.where(found, found, codes).astype(np.int32)
@@ -281,7 +288,7 @@ class StreamOperations:
         if asleep := self._asleep(origin, handles):
             named = {name: int(handles[place]) for place, (name, _) in asleep.items()}
             wants = {name: int(have[place]) for place, (name, _) in asleep.items()}
-            closed = await self.hibernation.close(named, wants)
+            closed = await self.hibernation.close(wants, named)
             for place, (name, _) in asleep.items():
                 if name in closed:
                     code, states[place] = closed[name]
@@ -310,6 +317,51 @@ class StreamOperations:
         self._engine.waiters.check()  # claims wait for it
         await self._journal.durable(lsn)
         return states, lost
+
+    async def remove(self, names: Names, *, park: bool) -> I32:
+        """Close or park streams by distinct names for an operator, and notify their owners; see `close`.
+
+        Returns:
+            int32 [N], 0 where it was done.
+
+        Raises:
+            Refusal: two of the names are the same, or a parked stream would end at once.
+        """
+        if len(set(names)) < len(names):
+            raise Refusal(Code.REPEATED_STREAM)
+        if park and not self.hibernation.limits.park_ns:
+            sentence = "limits.park_s is 0, so a parked stream would end at once: close it, or have the limit raised"
+            raise Refusal(Code.NOT_ALLOWED, sentence=sentence)
+        found, now_ns = dict[str, int](), time.monotonic_ns()
+        if park:
+            found = dict.fromkeys(filter(self.hibernation.__contains__, names), 0)
+            self._origins.notify(self.hibernation.park(names, now_ns), Code.BY_OPERATOR)
+        else:
+            # Others go to sleep while these are closed.
+            while asleep := {name: HAVE_ALL for name in names if name in self.hibernation and name not in found}:
+                closed = await self.hibernation.close(asleep)
+                found |= {name: code or 0 for name, (code, _) in closed.items()}
+        codes = np.array([found.get(name, Code.UNKNOWN_STREAM) for name in names], np.int32)
+        slots = self._table.find(names)
+        is_here = (codes == Code.UNKNOWN_STREAM) & (slots != SCRATCH_SLOT) & ~self._table.closing[slots]
+        slots, codes[is_here] = slots[is_here], 0
+        # Not later: what else its owner sends is refused, and this tells it why.
+        self._origins.notify(self._origins.owners(self._table, slots), Code.BY_OPERATOR)
+        if park:
+            self.park(slots[self._table.owner[slots] != self._table.parked], now_ns)
+            await self._journal.durable(self._journal.newest)
+        elif len(slots):
+            _, lost = await self._end(slots, "closed")
+            codes[is_here] = np.where(lost, Code.STATE_LOST, 0)
+        return codes
+
+    def park(self, slots: I64, now_ns: int) -> None:
+        """Take streams, int64 [N], from their owners; they wait to be resumed."""
+        self._table.park(slots, now_ns)
+        self._journal.parked(slots)
+        self._engine.stats.parked_streams_total += len(slots)
+        self._engine.events.add_all("parked", self._table.names(slots), seqs=self._table.next_seq[slots])
+        self._origins.release_left()
 
     def lose(self, slots: I64) -> None:
         """End streams, int64 [N], whose states are lost."""
@@ -437,11 +489,7 @@ class Reaper:
         if not self._hibernation.limits.park_ns:
             self._operations.evict(slots, Code.CLIENT_GONE)
             return
-        self._table.park(slots, now_ns)
-        self._engine.journal.parked(slots)
-        self._engine.stats.parked_streams_total += len(slots)
-        self._engine.events.add_all("parked", self._table.names(slots), seqs=self._table.next_seq[slots])
-        self._engine.origins.release_left()
+        self._operations.park(slots, now_ns)
 
     def _evict_surplus(self) -> None:
         table, most = self._table, self._hibernation.limits.max_parked

@@ -31,6 +31,9 @@ class _Nobody:
     def notify(self, event: StreamEvent) -> None:
         pass
 
+    def check_quota(self, streams: int) -> None:
+        pass
+
 
 def warm_up() -> None:
     """Run a stream of a tiny engine through every kernel, with the types that the server uses."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 
+from instep.frontends.http import admin
 from instep_client import AsyncClient
 from tests.support.admin import administered, connect, error
 from tests.support.models import SEED_SIZED, SMALL
@@ -104,3 +108,28 @@ async def test_the_unloading_of_a_model_ends_them_with_goodbye() -> None:
             assert kinds[-1] == "bye"
         await error(http, "/api/streams", 404, params=asked)
         assert [model["name"] for model in (await http.get("/api/stats")).json()["models"]] == [SMALL.name]
+
+
+async def test_a_listener_that_takes_nothing_is_ended_and_one_that_reads_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admin, "_TAKES_NOTHING_S", 1.5)
+    async with administered() as (server, http), http.stream("GET", "/api/events") as answer:
+        assert server.admin is not None
+        host, _, port = server.admin.url.removeprefix("http://").rpartition(":")
+        with socket.socket() as takes_nothing:
+            takes_nothing.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            takes_nothing.connect((host, int(port)))
+            takes_nothing.sendall(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            ended = asyncio.create_task(_has_ended(takes_nothing))
+            async for _ in read(answer):
+                if ended.done():
+                    break
+            else:
+                pytest.fail("the one that reads was ended, too")
+
+
+async def _has_ended(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while connection.send(b"\n"):  # refused once the other side has forgotten the connection
+            await asyncio.sleep(0.05)

@@ -74,6 +74,9 @@ class BadSubject:
         self.is_draining, self.outdated = False, ""
         self.services: list[ModelService] = []
 
+    def used(self) -> dict[str, tuple[int, ...]]:
+        return {}
+
 
 async def test_a_bug_is_answered_and_logged() -> None:
     told: list[dict[str, Any]] = []

@@ -23,7 +23,7 @@ from tests.support.streaming import random_frames
 
 def scraped(server: Server) -> dict[str, Family]:
     """The families by name."""
-    text = b"".join(exposition(server.services)).decode()
+    text = b"".join(exposition(server.services, server.used())).decode()
     assert "secret-stream" not in text
     return {family.name: family for family in text_string_to_metric_families(text)}
 

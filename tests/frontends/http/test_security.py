@@ -46,6 +46,24 @@ async def test_every_path_but_health_wants_the_token(token_file: Path) -> None:
         assert (await http.get("/api/stats", headers={"authorization": f"bearer  {TOKEN}"})).status_code == 200
 
 
+async def test_each_of_several_tokens_is_good_until_it_is_withdrawn(token_file: Path) -> None:
+    def write(content: str) -> None:
+        token_file.write_text(content)
+
+    write(f"prometheus: {TOKEN}\n\nann:  {TOKEN}:2\n")
+    async with administered(http={"token_file": token_file}) as (server, http):
+        shown = [{"authorization": f"Bearer {token}"} for token in (TOKEN, f"{TOKEN}:2", f"ann: {TOKEN}:2")]
+        assert [(await http.get("/api/stats", headers=each)).status_code for each in shown] == [200, 200, 401]
+        write(f"ann: {TOKEN}:2\n")
+        assert server.admin is not None
+        async with http.stream("GET", "/api/events", headers=shown[0]) as answer:
+            server.admin.admit(security.read_tokens(server.config.http))
+            assert "event: bye" in (await answer.aread()).decode()
+        assert [(await http.get("/api/stats", headers=each)).status_code for each in shown] == [401, 200, 401]
+        async with http.stream("GET", "/api/events", headers=shown[1]) as answer:
+            assert "event: stats" in await anext(answer.aiter_text())
+
+
 async def test_a_browser_asks_for_the_token_as_a_password(token_file: Path) -> None:
     async with administered(http={"token_file": token_file}) as (_, http):
         assert (await http.get("/")).headers["www-authenticate"].startswith("Basic ")
@@ -62,6 +80,8 @@ async def test_a_browser_asks_for_the_token_as_a_password(token_file: Path) -> N
     [
         (b"short", "at least 16"),
         (b"two words are too many", "at least 16"),
+        (b"ann: correct-horse-battery\nann: another-good-battery", "distinct"),
+        (b"ann: correct-horse-battery\nshort", "at least 16"),
         (b"\xff" * 20, "ASCII"),
         (None, "No such file"),
     ],

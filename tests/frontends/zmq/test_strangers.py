@@ -64,7 +64,7 @@ def test_routing_ids_that_strangers_claim_cost_no_ordinary_connection(tmp_path: 
             ordinary = open_sockets.enter_context(context.socket(zmq.DEALER))
             ordinary.setsockopt(zmq.LINGER, 0)
             ordinary.connect(server.endpoint)
-            ordinary.send(msgpack.packb([Kind.HELLO, 1, 7, "ordinary", ""]))
+            ordinary.send(msgpack.packb([Kind.HELLO, 1, 8, "ordinary", ""]))
             assert ordinary.poll(30_000), "no answer"
             assert msgpack.unpackb(ordinary.recv())[0] == Kind.WELCOME
         asyncio.run(assert_serves(server.endpoint, rng, "s"))

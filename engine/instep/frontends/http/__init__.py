@@ -30,3 +30,6 @@ class Subject(Protocol):
     @property
     def services(self) -> list[ModelService]:
         """The current models, the default one first."""
+
+    def used(self) -> dict[str, tuple[int, ...]]:
+        """What principals use, by name; see `Frontend.used`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Mapping
 from typing import Final
 
 import anyio
@@ -29,6 +30,10 @@ MOST_HEAD_BYTES: Final = 16_384
 _LINGER_S: Final = 0.5
 """The time for answers under way when the server ends."""
 _BACKLOG: Final = 128
+_SEND_BUFFER_BYTES: Final = 65_536
+"""Of the kernel, for a connection: without it, megabytes of events would be kept for a listener that takes none."""
+_TAKES_NOTHING_S: Final = 10.0
+"""On Linux a connection ends if its peer's machine takes nothing of what is to be sent to it for this long."""
 
 
 def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | None = DEFAULT) -> socket.socket | None:
@@ -54,6 +59,9 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | N
         raise cannot_listen(config.endpoint, error) from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(_TAKES_NOTHING_S * 1000))
         listener.setblocking(False)
         listener.bind(address)
         listener.listen(_BACKLOG)
@@ -70,11 +78,15 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | N
 class AdminServer:
     """Shows a server and its models over HTTP.
 
-    `close` closes the listener, too. Requests have to show the token if there is one.
+    `close` closes the listener, too. Requests have to show one of the tokens, unless these are None.
     """
 
     def __init__(
-        self, listener: socket.socket, token: str | None, subject: Subject, log: structlog.stdlib.BoundLogger
+        self,
+        listener: socket.socket,
+        tokens: Mapping[str, str] | None,
+        subject: Subject,
+        log: structlog.stdlib.BoundLogger,
     ) -> None:
         host, port = listener.getsockname()[:2]
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -83,13 +95,20 @@ class AdminServer:
         app = make_app(subject, status, inspector, self._events, log)
         # What is slow the first time only, before anybody waits for the loop.
         anyio.get_cancelled_exc_class()
-        list(exposition(subject.services))
+        list(exposition(subject.services, {}))
         self._listener = listener
-        self._server = make_server(Guard(app, token, is_loopback_host(host)))
+        self._guard = Guard(app, tokens, is_loopback_host(host))
+        self._server = make_server(self._guard)
 
     async def start(self) -> None:
         """Answer requests from now on."""
         await self._server.startup(sockets=[self._listener])
+
+    def admit(self, tokens: Mapping[str, str] | None) -> None:
+        """Require one of these tokens from now on; where one was withdrawn, all listeners have to ask again."""
+        if not {*(self._guard.tokens or {}).values()} <= {*(tokens or {}).values()}:
+            self._events.end_listeners()
+        self._guard.tokens = tokens
 
     def go_away(self) -> None:
         """Send goodbye to all listeners, because the server ends; requests are answered until `close`."""

@@ -58,7 +58,7 @@ def make_app(
 
     async def metrics(request: Request) -> Response:
         parts = []
-        for part in exposition(subject.services):
+        for part in exposition(subject.services, subject.used()):
             parts.append(part)
             await asyncio.sleep(0)
         return Response(b"".join(parts), headers={"content-type": CONTENT_TYPE})

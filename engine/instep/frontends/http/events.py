@@ -54,18 +54,23 @@ class Events:
             raise HttpError(503, "TOO_MANY_LISTENERS", sentence, {"retry-after": "5"})
         text = request.headers.get("last-event-id", "")
         said = int(text[:18]) if text.isascii() and text.isdigit() else service.events.newest
-        body = self._tell(service.name, request.query_params.get("stream"), said)
+        body = self._tell(service.name, request.query_params.get("stream"), said, self._is_over)
         return StreamingResponse(body, headers=_HEADERS, media_type=_TYPE)
 
     def close(self) -> None:
         """Send `bye` to all listeners."""
         self._is_over.set()
 
-    async def _tell(self, model: str, stream: str | None, said: int) -> AsyncIterator[bytes]:
+    def end_listeners(self) -> None:
+        """Send `bye` to the present listeners; they may come again."""
+        self._is_over.set()
+        self._is_over = asyncio.Event()
+
+    async def _tell(self, model: str, stream: str | None, said: int, is_over: asyncio.Event) -> AsyncIterator[bytes]:
         self._listeners += 1
         try:
             for turn in count():
-                if self._is_over.is_set() or (found := self._inspector.find(model)) is None:
+                if is_over.is_set() or (found := self._inspector.find(model)) is None:
                     break
                 if turn % _TURNS == 0:
                     yield _event("stats", self._status.stats())
@@ -83,7 +88,7 @@ class Events:
                     await asyncio.sleep(0)
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_EVERY_S):
-                        await self._is_over.wait()
+                        await is_over.wait()
             yield _event("bye", b"{}")
         finally:
             self._listeners -= 1

@@ -24,12 +24,18 @@ _REASONS: Final = ("idle", "client_gone", "expired", "state_lost")
 """The reasons for which streams are evicted."""
 
 
+Used: TypeAlias = Mapping[str, tuple[int, ...]]
+"""The fields of `wire.PRINCIPAL` by name."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelNumbers:
     """A model and its numbers at the time of one exposition."""
 
     service: ModelService
     numbers: Mapping[str, float]
+    used: Used
+    """That of principals, on all models together."""
 
 
 Labelled: TypeAlias = Iterable[tuple[tuple[str, ...], float]]
@@ -85,8 +91,9 @@ class Metric:
             return histogram
         make = CounterMetricFamily if self.type == "counter" else GaugeMetricFamily
         family = make(self.name, self.help, labels=self.labels)
-        for model in models if self.labels else models[:1]:
-            own = (model.service.name,) if self.labels else ()
+        is_of_models = "model" in self.labels
+        for model in models if is_of_models else models[:1]:
+            own = (model.service.name,) if is_of_models else ()
             if callable(self.source):
                 for labels, value in self.source(model):
                     family.add_metric((*own, *labels), value)
@@ -126,6 +133,11 @@ def _streams(model: ModelNumbers) -> Labelled:
 
 def _room(model: ModelNumbers) -> Labelled:
     return [((), float(len(model.service.engine.table.owner) - 1))]
+
+
+def _of_principals(place: int) -> Source:
+    """The field at a place of `wire.PRINCIPAL`, by principal."""
+    return lambda model: [((name,), float(used[place])) for name, used in model.used.items()]
 
 
 def _build(model: ModelNumbers) -> Labelled:
@@ -208,6 +220,12 @@ METRICS: Final = (
     _metric("streams_evicted_total", "Streams that the server ended, by reason.", _evictions, ("model", "reason")),
     _metric("streams_hibernated_total", "Streams that left memory for the recording.", "hibernated_streams_total"),
     _metric("streams_woken_total", "Streams that came back into memory.", "woken_streams_total"),
+    # Principals, at a server with keys
+    _metric("principal_frames_total", "Frames that a principal sent.", _of_principals(0), ("principal",)),
+    _metric("principal_refused_total", "Messages refused because of a quota.", _of_principals(1), ("principal",)),
+    _metric("principal_unread_bytes", "What the server keeps until it is read.", _of_principals(2), ("principal",)),
+    _metric("principal_connections", "Connections of a principal.", _of_principals(3), ("principal",)),
+    _metric("principal_streams", "Open streams, parked and hibernating ones too.", _of_principals(4), ("principal",)),
     # The recording
     _metric("recording_bytes", "Size of the recording."),
     _metric("recording_free_bytes", "Free on the disk of the recording."),
@@ -240,12 +258,12 @@ class _One(Collector):
         return [self._family] if self._family.samples else []
 
 
-def exposition(services: Sequence[ModelService]) -> Iterator[bytes]:
-    """Yield the metrics of these models as `CONTENT_TYPE`, and the process's own if /proc exists.
+def exposition(services: Sequence[ModelService], used: Used) -> Iterator[bytes]:
+    """Yield the metrics of these models and principals as `CONTENT_TYPE`, and the process's own if /proc exists.
 
     They are yielded one at a time, because all of them take milliseconds in which the loop may have frames to answer.
     """
-    models = [ModelNumbers(service, service.numbers()) for service in services]
+    models = [ModelNumbers(service, service.numbers(), used) for service in services]
     for metric in METRICS:
         yield generate_latest(_One(metric.family(models)))
     yield generate_latest(ProcessCollector(registry=None))

@@ -6,7 +6,7 @@ import base64
 import hmac
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from email.utils import formatdate
 from typing import Final
 
@@ -23,7 +23,8 @@ _METHODS: Final = ("GET", "HEAD")
 _HEALTH: Final = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 """Paths that need no token: whatever looks after processes has none."""
 _LEAST_TOKEN: Final = 16
-_MOST_TOKEN_BYTES: Final = 4096
+_MOST_TOKENS_BYTES: Final = 65_536
+_TOKEN_LINE: Final = re.compile(rf"((?P<name>[A-Za-z0-9._-]+):\s+)?(?P<token>[!-~]{{{_LEAST_TOKEN},}})")
 MOST_REQUESTS: Final = 64
 """Requests under way at a time, those for health not counted."""
 KEPT_FOR_HEALTH: Final = 8
@@ -51,11 +52,11 @@ def cannot_listen(endpoint: str, error: OSError) -> CannotListen:
     )
 
 
-def read_token(config: HttpConfig) -> str | None:
-    """The token that requests have to show; None without a token file or without an admin server.
+def read_tokens(config: HttpConfig) -> dict[str, str] | None:
+    """The tokens that requests have to show, by name; None without a token file or without an admin server.
 
     Raises:
-        CannotListen: when the file does not hold a usable token.
+        CannotListen: when the file does not hold usable tokens.
     """
     file = config.token_file
     if config.endpoint is None or file is None:
@@ -63,18 +64,20 @@ def read_token(config: HttpConfig) -> str | None:
     advice = 'make one with: python -c "import secrets; print(secrets.token_urlsafe())"'
     try:
         with file.open("rb") as stream:
-            content = stream.read(_MOST_TOKEN_BYTES + 1)
-        token = content.decode("ascii").strip()
+            content = stream.read(_MOST_TOKENS_BYTES + 1)
+        lines = [line for line in map(str.strip, content.decode("ascii").splitlines()) if line]
     except OSError as error:
         raise CannotListen(f"http.token_file {file} cannot be read: {error.strerror}; {advice}") from None
     except UnicodeDecodeError:
-        token = ""
-    if not re.fullmatch(rf"[!-~]{{{_LEAST_TOKEN},{_MOST_TOKEN_BYTES}}}", token):
+        lines = []
+    found = [_TOKEN_LINE.fullmatch(line) for line in lines]
+    tokens = {line["name"] or "": line["token"] for line in found if line is not None}
+    if not tokens or len(tokens) < len(lines) or len(content) > _MOST_TOKENS_BYTES:
         raise CannotListen(
-            f"http.token_file {file} does not hold a token: one line of at least {_LEAST_TOKEN} printable ASCII "
-            f"characters without spaces; {advice}"
+            f"http.token_file {file} does not hold tokens: lines `NAME: TOKEN` with distinct names, or a single TOKEN; "
+            f"a token is at least {_LEAST_TOKEN} printable ASCII characters without spaces; {advice}"
         )
-    return token
+    return tokens
 
 
 class Guard:
@@ -82,14 +85,14 @@ class Guard:
 
     Args:
         app: the application.
-        token: the token that requests have to show; None if they need none.
+        tokens: by name; requests have to show one of them. None if they need none.
         is_loopback: whether the server listens at a loopback address. Then the Host header must name one, or a page
             from elsewhere, whose name suddenly leads to this machine, could read everything (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, is_loopback: bool) -> None:
+    def __init__(self, app: ASGIApp, tokens: Mapping[str, str] | None, is_loopback: bool) -> None:
+        self.tokens = tokens
         self._app = app
-        self._token = token
         self._is_loopback = is_loopback
         self._rate = RateLimit(time.monotonic)
         self._under_way = 0
@@ -145,10 +148,14 @@ class Guard:
         is_other_site = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if is_other_site and headers.get("sec-fetch-mode") != "navigate":  # what a link leads to, no page can read
             raise HttpError(403, "OTHER_SITE", "pages of other sites get no answers: open the address itself")
-        shown = _shown_token(headers.get("authorization", ""))
-        if self._token is not None and scope["path"] not in _HEALTH and not _are_equal(shown, self._token):
+        if self.tokens is not None and scope["path"] not in _HEALTH:
+            self._check_token(_shown_token(headers.get("authorization", "")))
+
+    def _check_token(self, shown: str) -> None:
+        equal = [_are_equal(shown, token) for token in (self.tokens or {}).values()]
+        if not any(equal):
             sentence = (
-                "this needs the token in http.token_file: send `Authorization: Bearer TOKEN`, or the password TOKEN"
+                "this needs a token of http.token_file: send `Authorization: Bearer TOKEN`, or the password TOKEN"
             )
             raise HttpError(401, "UNAUTHORIZED", sentence, {"www-authenticate": 'Basic realm="instep"'})
 

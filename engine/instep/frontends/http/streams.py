@@ -62,9 +62,13 @@ class Inspector:
             raise bad_request(f"no stream has the state {state!r:.40}", state, STATES)
         limit, cursor = _number(parameters, "limit", USUAL, MOST), _number(parameters, "cursor", 0, 2**40)
         place, prefix = Place[state.upper()] if state else 0, parameters.get("prefix", "")
+
+        def accepts(name: str) -> bool:
+            return name.startswith(prefix)
+
         records: list[dict[str, Any]] = []
         while True:
-            page = service.listing.page(cursor, limit - len(records), place, prefix, time.monotonic_ns())
+            page = service.listing.page(cursor, limit - len(records), place, accepts, time.monotonic_ns())
             records += (_record(name, status) for name, status in page.streams)
             cursor = page.cursor
             if not cursor or len(records) == limit:

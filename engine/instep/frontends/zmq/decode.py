@@ -9,6 +9,8 @@ from typing import Any, Final
 import numpy as np
 
 from instep.core.typing import I32, I64, U8, U64
+from instep.security.policy import Verb, allowed
+from instep.security.principals import Principal
 from instep.streaming.api import Frames, Origin, Refusal
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
@@ -113,9 +115,13 @@ class Decoder:
             codes[~self.state.valid(states)] = Code.NOT_FINITE
         return codes
 
-    def name_codes(self, names: list[str]) -> I32:
-        """int32 [N]: BAD_NAME for invalid names."""
-        return np.array([0 if wire.name_is_good(name) else Code.BAD_NAME for name in names], np.int32)
+    def name_codes(self, names: list[str], principal: Principal) -> I32:
+        """int32 [N], for streams to be opened: BAD_NAME for names that none may have, NOT_ALLOWED for foreign ones."""
+        codes = np.array([0 if wire.name_is_good(name) else Code.BAD_NAME for name in names], np.int32)
+        if not allowed(principal, Verb.OPEN, *names):
+            foreign = [not allowed(principal, Verb.OPEN, name) for name in names]
+            codes[(codes == 0) & foreign] = Code.NOT_ALLOWED
+        return codes
 
     def first_seqs(self, has_seqs: Any, frame: bytes, count: int) -> I64 | None:
         """Decode first seqs, int64 [N]; None if the header announces none."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Final
@@ -15,8 +16,11 @@ from instep.frontends.models import Models, Served
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.decode import Decoder, hello
 from instep.frontends.zmq.peers import Outbound, Peer
-from instep.frontends.zmq.requests import HANDLERS, Answer, Handler, Requests
+from instep.frontends.zmq.requests import HANDLERS, Answer, Requests
 from instep.frontends.zmq.router import Router
+from instep.security.policy import Verb, allowed, allowed_to_see
+from instep.security.principals import LOCAL, Principal, Principals
+from instep.security.quotas import Usages
 from instep.streaming.api import Refusal
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
@@ -29,6 +33,8 @@ _MOST_REQUESTS: Final = 512
 a single peer, about 170 each for two. So another peer can always start one.
 """
 _BUSY_RETRY_US: Final = 2000
+_MOST_NAMES: Final = 100
+"""Streams that one line of the log names."""
 
 
 class ZmqFrontend:
@@ -50,8 +56,12 @@ class ZmqFrontend:
         log: structlog.stdlib.BoundLogger,
     ) -> None:
         self.is_paused = False
+        self._usages = Usages(lambda number: sum(each.service.listing.count_of(number) for each in models))
         self._models = models
         self._router = router
+        self._authenticator = router.authenticator
+        if self._authenticator is not None:
+            self._usages.reloaded(self._authenticator.principals.by_name.values())
         self._outbound = outbound
         self._requests_of: dict[Served, Requests] = {}
         self._max_connections = max_connections
@@ -70,10 +80,7 @@ class ZmqFrontend:
         self._requests_of[served] = Requests(served, decoder)
 
     def removed(self, served: Served, reason: str) -> None:
-        self._outbound.say_last(encode.goodbye(reason), served)
-        for peer in self._outbound.peers():
-            if peer.served is served:
-                self._outbound.drop(peer)
+        self._end([peer for peer in self._outbound.peers() if peer.served is served], reason)
         del self._requests_of[served]
 
     def moved(self, former: Served, served: Served) -> None:
@@ -88,6 +95,33 @@ class ZmqFrontend:
                 self._outbound.send(peer, encode.welcome(0, served.info))
                 self._outbound.send(peer, encode.moved(own, next_seqs, served.info.fingerprint))
         del self._requests_of[former]
+
+    # ── Principals ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def admit(self, principals: Principals) -> int:
+        if self._authenticator is None:
+            return 0
+        self._authenticator.principals = principals
+        self._usages.reloaded(principals.by_name.values())
+        ended = []
+        for peer in self._outbound.peers():
+            renewed = principals.by_key.get(peer.principal.key)
+            if renewed is not None and renewed.has_rights_of(peer.principal):
+                peer.principal = renewed
+            else:
+                ended.append(peer)
+        self._end(ended, "the rights of this client's key were withdrawn or changed")
+        return len(ended)
+
+    def _end(self, peers: list[Peer], reason: str) -> None:
+        self._outbound.say_last(encode.goodbye(reason), peers)
+        for peer in peers:
+            peer.reason = reason
+            self._outbound.drop(peer)
+
+    def _sender(self) -> Principal | None:
+        """Who has sent the newest message; None if its key was withdrawn meanwhile."""
+        return LOCAL if self._authenticator is None else self._authenticator.principals.by_key.get(self._router.key)
 
     # ── As the loop sees it ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -119,6 +153,11 @@ class ZmqFrontend:
 
     def tick(self, now_ns: int) -> None:
         self._outbound.tick(now_ns, self._probe_after_ns)
+        if self._authenticator is not None:
+            if not self._authenticator.is_alive:
+                raise RuntimeError("the authenticator has ended, so nobody could connect")
+            if failures := self._authenticator.failures():
+                self._log.warning("handshakes failed", **failures)
 
     def drain(self, *, asks: bool) -> bool:
         if asks:
@@ -126,7 +165,7 @@ class ZmqFrontend:
         return self._outbound.is_empty and not self._requests and self._outbound.is_read
 
     def say_goodbye(self, reason: str) -> None:
-        self._outbound.say_last(encode.goodbye(reason))
+        self._outbound.say_last(encode.goodbye(reason), self._outbound.peers())
 
     def close(self) -> None:
         self._router.close()
@@ -153,8 +192,8 @@ class ZmqFrontend:
                 self._welcome(routing_id, header, now_ns)
                 return False
             peer.last_heard_ns = now_ns
-            if (handler := HANDLERS.get(kind)) is not None:
-                return self._begin(handler, peer, header, parts)
+            if kind in HANDLERS:
+                return self._begin(peer, header, parts)
             self._reply_at_once(peer, header, parts, now_ns)
         except RecursionError:  # a value nested a thousand deep cannot even be shown in a sentence
             self._refuse(routing_id, peer, request, MalformedMessage("the header is nested too deep"))
@@ -171,6 +210,9 @@ class ZmqFrontend:
             if not self._all_are_ready:
                 served.refuse_what_is_new()
             frames = self._requests_of[served].decoder.step(peer, parts, now_ns)
+            if peer.usage.number:
+                self._check_unread(peer)
+                peer.usage.check_frames(frames.timesteps * frames.width, now_ns)
         except Exception as error:
             self._refuse(routing_id, peer, request_of_step(parts[0]), error)
             return
@@ -186,19 +228,30 @@ class ZmqFrontend:
         if header.kind is not Kind.HELLO:
             raise Refusal(Code.HELLO_FIRST)
         name, model = hello(header, routing_id)
-        served = self._models.find(model) if model else self._models.default
+        if (principal := self._sender()) is None:
+            raise Refusal(Code.NOT_ALLOWED, sentence="the server does not know this key any more")
+        served = self._models.find(model, self._may_use(principal))
         served.refuse_what_is_new()
-        peer = Peer(self._outbound, routing_id, served, now_ns)
+        usage = self._usages.of(principal)
+        peer = Peer(self._outbound, routing_id, served, now_ns, principal, usage)
+        usage.check_connections()
         count = len(self._outbound)
         if count >= self._max_connections or not served.service.engine.origins.connect(peer):
-            sentence = f"the server has {count} connections, as many as limits.max_connections allows; try again later"
+            why = "limits.max_connections, or the limit of open files, allows"
+            sentence = f"the server has {count} connections, as many as {why}; try again later"
             raise Refusal(Code.BUSY, retry_after_us=1_000_000, sentence=sentence)
         self._outbound.add(peer)
-        self._log.debug("connected", connection=peer.number, name=name)
+        if self._authenticator is not None:
+            peer.connection = self._authenticator.welcome(self._router.descriptor)
+        about = {"principal": principal.name, "address": self._router.address, "model": served.service.name}
+        served.service.engine.table.principal_of[peer.number] = usage.number
+        self._log.debug("connected", connection=peer.number, name=name, **about)
         self._outbound.send(peer, encode.welcome(header.request, served.info))
 
     def _reply_at_once(self, peer: Peer, header: Header, parts: list[bytes], now_ns: int) -> None:
         served = peer.served
+        if header.kind in (Kind.LIST, Kind.STATS, Kind.MODELS):
+            self._check_unread(peer)
         match header.kind:
             case Kind.HELLO:
                 _, model = hello(header, peer.routing_id)
@@ -213,15 +266,37 @@ class ZmqFrontend:
             case Kind.PONG:
                 self._outbound.acknowledge(peer, header.request)
             case Kind.LIST:
-                page = served.service.listing.page(*self._requests_of[served].decoder.listing(header, parts[1]), now_ns)
+                cursor, most, place, prefix = self._requests_of[served].decoder.listing(header, parts[1])
+
+                def accepts(name: str) -> bool:
+                    return name.startswith(prefix) and allowed(peer.principal, Verb.LIST, name)
+
+                page = served.service.listing.page(cursor, most, place, accepts, now_ns)
                 self._outbound.send(peer, encode.listed(header.request, page))
             case Kind.STATS:
-                self._outbound.send(peer, encode.statistics(header.request, served.service.numbers()))
+                used = self.used(peer.principal)
+                self._outbound.send(peer, encode.statistics(header.request, served.service.numbers(), used))
             case Kind.MODELS:
-                models = {each.service.name: each.summary() for each in self._models}
+                may_use = self._may_use(peer.principal)
+                models = {each.service.name: each.summary() for each in self._models if may_use(each.service.name)}
                 self._outbound.send(peer, encode.served(header.request, models))
             case _:
                 raise MalformedMessage(f"{header.kind.name} is a message of the server's")
+
+    # ── Principals ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _may_use(self, principal: Principal) -> Callable[[str], bool]:
+        return partial(allowed, principal, Verb.HELLO)
+
+    def used(self, asker: Principal = LOCAL) -> dict[str, tuple[int, ...]]:
+        counts = sum((each.service.listing.counts() for each in self._models), Counter[int]())
+        shown = [each for each in self._usages if allowed_to_see(asker, each.principal.name)]
+        return {each.principal.name: each.as_record(counts[each.number]) for each in shown}
+
+    def _check_unread(self, peer: Peer) -> None:
+        if peer.usage.is_full:
+            self._outbound.ask_all_of(peer.usage)
+            peer.usage.check_unread()
 
     def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, error: Exception) -> None:
         """Refuse a message as a whole; the default model counts it if the connection has no model yet.
@@ -237,33 +312,62 @@ class ZmqFrontend:
         if peer is not None:
             peer.refuse(request, refusal)
         else:
-            served.service.log.debug("refused", code=refusal.code.name, reason=str(refusal))
+            sender = self._sender()
+            about = {"principal": sender and sender.name, "address": self._router.address, "code": refusal.code.name}
+            served.service.log.debug("refused", **about, reason=str(refusal))
             self._outbound.send_unknown(routing_id, encode.error(request, refusal))
 
     # ── Requests on streams ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _begin(self, handler: Handler, peer: Peer, header: Header, parts: list[bytes]) -> bool:
+    def _begin(self, peer: Peer, header: Header, parts: list[bytes]) -> bool:
+        verb, handler = HANDLERS[header.kind]
+        if not allowed(peer.principal, verb):
+            who = f"the key {peer.principal.name} has the role {peer.principal.role}"
+            raise Refusal(Code.NOT_ALLOWED, sentence=f"{who}, which may not {header.kind.name}")
         if peer.requests >= _MOST_REQUESTS - self._requests:
             raise Refusal(Code.BUSY, "too many requests on streams are under way", _BUSY_RETRY_US)
+        self._check_unread(peer)
         answer = handler(self._requests_of[peer.served], peer, header, parts)
         self._requests += 1
         peer.requests += 1
-        peer.served.service.tasks.start(self._run(answer, peer, header), partial(self._request_ended, peer))
+        kept_bytes = header.fields[0] * peer.served.info.state.row_bytes
+        peer.usage.kept_bytes += kept_bytes
+        ended = partial(self._request_ended, peer, kept_bytes)
+        named = _audited(header, parts)
+        peer.served.service.tasks.start(self._run(answer, peer, header, named), ended)
         return True
 
-    async def _run(self, answer: Answer, peer: Peer, header: Header) -> None:
+    async def _run(self, answer: Answer, peer: Peer, header: Header, named: list[str] | None) -> None:
         served = peer.served
         try:
             codes, message = await answer()
             served.service.engine.stats.refuse_streams(codes)
             self._outbound.send(peer, message)
-            about = {"request": header.kind.name, "connection": peer.number}
-            self._log.debug("request", **about, streams=header.fields[0])
+            about = {"request": header.kind.name, "connection": peer.number, "principal": peer.principal.name}
+            about |= {"streams": header.fields[0], "refused": int(np.count_nonzero(codes))}
+            about |= {"park": header.fields[1]} if header.kind is Kind.REMOVE else {}
+            for code in np.unique(codes[codes != 0]).tolist():
+                self._log.debug("refused", code=Code(code).name, **about)
+            if named is None:
+                self._log.debug("request", **about)
+            else:
+                self._log.debug("audited request", **about, names=named)
         except Refusal as refusal:
             self._refuse(peer.routing_id, peer, header.request, refusal)
 
-    def _request_ended(self, peer: Peer) -> None:
+    def _request_ended(self, peer: Peer, kept_bytes: int) -> None:
         self._requests -= 1
+        peer.usage.kept_bytes -= kept_bytes
         peer.is_unused = peer.is_gone or not peer.served.service.engine.origins.has_streams(peer)
         peer.requests -= 1
         self._wake()
+
+
+def _audited(header: Header, parts: list[bytes]) -> list[str] | None:
+    """The first names of a request that is audited, empty where it has handles; None where it is not audited."""
+    match header.kind:
+        case Kind.RESET:
+            return []
+        case Kind.REMOVE | Kind.RESUME | Kind.READ_STATE if header.kind is Kind.REMOVE or header.fields[1]:
+            return parts[1].decode().split("\n")[:_MOST_NAMES]  # also of a take-over, or by name
+    return None

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from typing import Final
 
 from instep.frontends.models import Served
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.router import Sender, Sent
+from instep.security.authenticator import Connection
+from instep.security.principals import LOCAL, Principal
+from instep.security.quotas import Usage
 from instep.streaming.api import Refusal, Reply, StreamEvent
 from instep_client.protocol.wire import Message
 
@@ -36,6 +40,12 @@ class Peer:
     served: Served
     """Its model, from HELLO to the end of the connection; another version of it after a move."""
     last_heard_ns: int
+    principal: Principal = LOCAL
+    """Who it is, from HELLO to the end of the connection; the routing id is no identity."""
+    usage: Usage = field(default_factory=partial(Usage, LOCAL))
+    """That of the principal, on all of its connections."""
+    connection: Connection = (-1, 0)
+    """For the authenticator."""
     number: int = -1
     arrival: int = 0
     outbox: deque[tuple[Message, int]] = field(default_factory=deque)
@@ -58,18 +68,24 @@ class Peer:
     is_unused: bool = True
     """Whether it had no streams after its last request on streams."""
     is_gone: bool = False
+    reason: str = ""
+    """Why the server ended the connection, if it did."""
 
     def deliver(self, reply: Reply) -> None:
         self.outbound.send(self, encode.stepped(reply), reply.frames)
 
     def refuse(self, tag: int, refusal: Refusal) -> None:
         log = self.served.service.log
-        log.debug("refused", connection=self.number, code=refusal.code.name, reason=str(refusal))
+        about = {"connection": self.number, "principal": self.principal.name}
+        log.debug("refused", **about, code=refusal.code.name, reason=str(refusal))
         self.outbound.send(self, encode.error(tag, refusal))
 
     def notify(self, event: StreamEvent) -> None:
         renewed = event.renewed
         self.outbound.send(self, encode.evicted(event) if renewed is None else encode.woken(event.handles, renewed))
+
+    def check_quota(self, streams: int) -> None:
+        self.usage.check_streams(streams)
 
 
 class Outbound:
@@ -116,6 +132,7 @@ class Outbound:
         self._blocked: dict[Peer, None] = {}
         """Peers with an outbox, in the order in which they were blocked."""
         self._peers: dict[bytes, Peer] = {}
+        self._peers_of: dict[Usage, dict[Peer, None]] = {}
         self._unreachable: set[Peer] = set()
         """Peers that were disconnected when `ask_all` last asked them."""
         self._ask_every_bytes = max_unread_bytes // 2
@@ -140,6 +157,8 @@ class Outbound:
     def add(self, peer: Peer) -> None:
         """Add a connection that has said HELLO."""
         self._peers[peer.routing_id] = peer
+        self._peers_of.setdefault(peer.usage, {})[peer] = None
+        peer.usage.connections += 1
         self._share()
 
     def _share(self) -> None:
@@ -184,6 +203,7 @@ class Outbound:
     def _grow(self, peer: Peer, size: int, frames: int) -> None:
         """Change the counted bytes and frames of a peer's outbox."""
         peer.outbox_bytes += size
+        peer.usage.kept_bytes += size
         self.total_bytes += size
         peer.served.service.engine.origins.add_backlog(peer, frames)
 
@@ -191,16 +211,27 @@ class Outbound:
         size, unread = size_bytes(message), peer.sent_bytes - peer.read_bytes
         is_over = self.unread_bytes + size > self.max_total_bytes // 2 and unread > 0
         if is_over or unread > self._max_unread_bytes:
-            if peer.asked_bytes < peer.sent_bytes:  # if it has read more by now, that makes room for all
-                self._ask(peer)
+            self.ask(peer)  # if it has read more by now, that makes room for all
             return Sent.FULL
         sent = self._router.send(peer.routing_id, message)
         if sent is Sent.HANDED_OVER:
             peer.sent_bytes += size
+            peer.usage.kept_bytes += size
             self.unread_bytes += size
-            if peer.sent_bytes - peer.asked_bytes > self._ask_every_bytes:
+            unasked = peer.sent_bytes - peer.asked_bytes
+            if unasked > self._ask_every_bytes or (peer.usage.number and unasked > peer.usage.share_bytes):
                 self._ask(peer)
         return sent
+
+    def ask(self, peer: Peer) -> None:
+        """Ask a peer how much it has read, unless it has been sent nothing since it was asked."""
+        if peer.asked_bytes < peer.sent_bytes:
+            self._ask(peer)
+
+    def ask_all_of(self, usage: Usage) -> None:
+        """The same for all connections of a principal."""
+        for peer in self._peers_of[usage]:
+            self.ask(peer)
 
     def _ask(self, peer: Peer) -> Sent:
         is_asked = peer.asked and peer.asked_bytes == peer.sent_bytes
@@ -221,6 +252,7 @@ class Outbound:
         if sent_bytes > peer.read_bytes:
             peer.asked = {other: bytes_then for other, bytes_then in peer.asked.items() if bytes_then > sent_bytes}
             self.unread_bytes -= sent_bytes - peer.read_bytes
+            peer.usage.kept_bytes -= sent_bytes - peer.read_bytes
             peer.read_bytes = sent_bytes
             if peer.outbox:
                 peer.blocked_since_ns = self._clock()
@@ -258,14 +290,9 @@ class Outbound:
             peer.blocked_since_ns = now_ns
         self._blocked.pop(peer, None)
 
-    def say_last(self, message: Message, served: Served | None = None) -> None:
-        """Hand all waiting messages and this one to ZeroMQ, without any bound because no message follows.
-
-        This is done for the connections of one model if it is given, otherwise for all.
-        """
-        for peer in self.peers():
-            if served is not None and peer.served is not served:
-                continue
+    def say_last(self, message: Message, peers: Iterable[Peer]) -> None:
+        """Hand all waiting messages and this one to ZeroMQ, without any bound because no message follows."""
+        for peer in peers:
             last = [*(kept for kept, _ in peer.outbox), message]
             peer.outbox.clear()
             for each in last:
@@ -277,6 +304,11 @@ class Outbound:
         if peer.is_gone:
             return
         peer.is_gone = True
+        peer.usage.connections -= 1
+        del self._peers_of[peer.usage][peer]
+        if not self._peers_of[peer.usage]:
+            del self._peers_of[peer.usage]
+        peer.usage.kept_bytes -= peer.outbox_bytes + peer.sent_bytes - peer.read_bytes
         self.total_bytes -= peer.outbox_bytes
         self.unread_bytes -= peer.sent_bytes - peer.read_bytes
         del self._peers[peer.routing_id]

@@ -13,7 +13,8 @@ from instep.core.typing import I32
 from instep.frontends.models import Served
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.decode import Decoder
-from instep.streaming.api import Origin
+from instep.frontends.zmq.peers import Peer
+from instep.security.policy import Verb, looked_up
 from instep.streaming.operations import StreamOperations
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Header, Kind, Message
@@ -33,20 +34,20 @@ class Requests:
     def _operations(self) -> StreamOperations:
         return self.served.service.operations
 
-    def open(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
+    def open(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """Decode OPEN."""
         count = self.decoder.count(header.fields[0])
         names = wire.unpack_names(parts[1], count)
         states = self.decoder.states(header.fields[1], parts[2], count)
         first_seqs = self.decoder.first_seqs(header.fields[2], parts[3], count)
         self.served.refuse_what_is_new()
-        codes = self.decoder.name_codes(names)
+        codes = self.decoder.name_codes(names, peer.principal)
         codes[codes == 0] = self.decoder.state_codes(states, count)[codes == 0]
         good = np.flatnonzero(codes == 0)
 
         async def answer() -> tuple[I32, Message]:
             opened = await self._operations.open(
-                origin,
+                peer,
                 [names[index] for index in good.tolist()],
                 None if states is None else states[good],
                 None if first_seqs is None else first_seqs[good],
@@ -56,28 +57,29 @@ class Requests:
 
         return answer
 
-    def resume(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
+    def resume(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """Decode RESUME."""
         count = self.decoder.count(header.fields[0])
         take_over = bool(wire.count_field(header.fields[1], "take_over", 1, at_least=0))
-        names = wire.unpack_names(parts[1], count)
+        names = looked_up(peer.principal, Verb.RESUME, wire.unpack_names(parts[1], count))
         claims = wire.array_frame(parts[2], wire.CLAIM, (count,), "claims")
         self.served.refuse_what_is_new()
 
         async def answer() -> tuple[I32, Message]:
-            resumed = await self._operations.resume(origin, names, claims["have"], claims["epoch"], take_over)
+            resumed = await self._operations.resume(peer, names, claims["have"], claims["epoch"], take_over)
             return resumed.codes, encode.granted(Kind.RESUMED, header.request, resumed, self.served.info.durability)
 
         return answer
 
-    def read_state(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
+    def read_state(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """Decode READ_STATE."""
         count = self.decoder.count_with_states(header.fields[0])
         if wire.count_field(header.fields[1], "by_name", 1, at_least=0):
-            read_states = partial(self._operations.read_states, wire.unpack_names(parts[1], count))
+            names = looked_up(peer.principal, Verb.READ_STATE, wire.unpack_names(parts[1], count))
+            read_states = partial(self._operations.read_states, names)
         else:
             handles = self.decoder.handles(parts[1], count)
-            read_states = partial(self._operations.read_own_states, origin, handles)
+            read_states = partial(self._operations.read_own_states, peer, handles)
 
         async def answer() -> tuple[I32, Message]:
             read = await read_states()
@@ -85,7 +87,7 @@ class Requests:
 
         return answer
 
-    def reset(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
+    def reset(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """Decode RESET."""
         count = self.decoder.count(header.fields[0])
         states = self.decoder.states(header.fields[1], parts[2], count)
@@ -94,44 +96,57 @@ class Requests:
         refused = self.decoder.state_codes(states, count)
 
         async def answer() -> tuple[I32, Message]:
-            codes = await self._operations.write_states(origin, handles, states, refused)
+            codes = await self._operations.write_states(peer, handles, states, refused)
             return codes, encode.changed(header.request, codes)
 
         return answer
 
-    def fork(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
+    def fork(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """Decode FORK."""
         count = self.decoder.count_with_states(header.fields[0])
         names = wire.unpack_names(parts[2], count)
         handles = self.decoder.handles(parts[1], count)
         self.served.refuse_what_is_new()
-        refused = self.decoder.name_codes(names)
+        refused = self.decoder.name_codes(names, peer.principal)
 
         async def answer() -> tuple[I32, Message]:
-            forked = await self._operations.fork(origin, handles, names, refused)
+            forked = await self._operations.fork(peer, handles, names, refused)
             return forked.codes, encode.granted(Kind.OPENED, header.request, forked, self.served.info.durability)
 
         return answer
 
-    def close(self, origin: Origin, header: Header, parts: list[bytes]) -> Answer:
+    def close(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """Decode CLOSE."""
         count = self.decoder.count_with_states(header.fields[0])
         closings = wire.array_frame(parts[1], wire.CLOSING, (count,), "closings")
 
         async def answer() -> tuple[I32, Message]:
-            states, codes = await self._operations.close(origin, closings["handle"], closings["have"])
+            states, codes = await self._operations.close(peer, closings["handle"], closings["have"])
             return codes, encode.closed(header.request, states, codes)
 
         return answer
 
+    def remove(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
+        """Decode REMOVE."""
+        count = self.decoder.count(header.fields[0])
+        park = bool(wire.count_field(header.fields[1], "park", 1, at_least=0))
+        names = looked_up(peer.principal, Verb.REMOVE, wire.unpack_names(parts[1], count))
 
-Handler: TypeAlias = Callable[[Requests, Origin, Header, list[bytes]], Answer]
-HANDLERS: Final[dict[Kind, Handler]] = {
-    Kind.OPEN: Requests.open,
-    Kind.RESUME: Requests.resume,
-    Kind.READ_STATE: Requests.read_state,
-    Kind.RESET: Requests.reset,
-    Kind.FORK: Requests.fork,
-    Kind.CLOSE: Requests.close,
+        async def answer() -> tuple[I32, Message]:
+            codes = await self._operations.remove(names, park=park)
+            return codes, encode.changed(header.request, codes)
+
+        return answer
+
+
+Handler: TypeAlias = Callable[[Requests, Peer, Header, list[bytes]], Answer]
+HANDLERS: Final[dict[Kind, tuple[Verb, Handler]]] = {
+    Kind.OPEN: (Verb.OPEN, Requests.open),
+    Kind.RESUME: (Verb.RESUME, Requests.resume),
+    Kind.READ_STATE: (Verb.READ_STATE, Requests.read_state),
+    Kind.RESET: (Verb.USE, Requests.reset),
+    Kind.FORK: (Verb.OPEN, Requests.fork),
+    Kind.CLOSE: (Verb.USE, Requests.close),
+    Kind.REMOVE: (Verb.REMOVE, Requests.remove),
 }
-"""Handlers by kind of message."""
+"""Verbs and handlers by kind of message."""

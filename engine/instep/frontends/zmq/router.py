@@ -14,6 +14,8 @@ import zmq
 
 from instep.config import TransportConfig
 from instep.frontends import CannotListen
+from instep.security.authenticator import Authenticator
+from instep.security.keys import ServerKeys
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Kind, Message
 
@@ -55,11 +57,13 @@ class Router:
     No ZeroMQ heartbeats are sent, because libzmq 4.3.5 asserts when one is due for a peer that hung up behind a full
     queue (libzmq #3937). The protocol's PING finds dead peers instead.
 
+    With keys every connection is encrypted (CURVE), and its key is known.
+
     Raises:
         CannotListen: when the endpoint cannot be bound.
     """
 
-    def __init__(self, config: TransportConfig) -> None:
+    def __init__(self, config: TransportConfig, keys: ServerKeys | None = None) -> None:
         ctypes.CDLL(None).srand(secrets.randbits(32))
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = self._context.socket(zmq.ROUTER)
@@ -71,17 +75,25 @@ class Router:
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.HANDSHAKE_IVL, round(config.handshake_timeout_s * 1000))
         socket.setsockopt(zmq.BACKLOG, 4096)
+        self.authenticator: Authenticator | None = None
+        if keys is not None:
+            self.authenticator = Authenticator(socket, keys.secret, keys.principals, config.handshake_timeout_s)
         try:
             _refuse_path_in_use(config.endpoint)
             socket.bind(config.endpoint)
         except zmq.ZMQError as error:
+            if self.authenticator is not None:
+                self.authenticator.close()
             socket.close(linger=0)
             self._context.term()
             raise CannotListen(f"cannot bind {config.endpoint}: {error}; is another server using it?") from None
         self._socket = socket
         self._is_skipping = False
         """Whether a message with too many parts is being discarded."""
+        self._newest: zmq.Frame | None = None
         self.endpoint: str = socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        if self.authenticator is not None:
+            self.authenticator.start(self.endpoint)
 
     @property
     def signal_fd(self) -> int:
@@ -105,11 +117,26 @@ class Router:
         """
         if self._is_skipping and not self._skip_rest():
             return
-        for routing_id, parts, is_whole in wire.received_from(self._socket, at_most, MOST_PARTS):
-            self._is_skipping = not is_whole  # before the yield: the caller may take no more than this message
+        for routing_id, parts, last in wire.received_from(self._socket, at_most, MOST_PARTS):
+            self._newest, self._is_skipping = last, last.more  # first, since the caller may take only this message
             yield routing_id, parts
             if self._is_skipping and not self._skip_rest():
                 return
+
+    @property
+    def key(self) -> str:
+        """The public key of the client from which the newest message came; only with keys."""
+        return "" if self._newest is None else str(self._newest.get("User-Id"))
+
+    @property
+    def descriptor(self) -> int:
+        """The descriptor of the connection from which the newest message came."""
+        return -1 if self._newest is None else int(self._newest.get(zmq.SRCFD))
+
+    @property
+    def address(self) -> str:
+        """The address from which the newest message came."""
+        return "" if self._newest is None else str(self._newest.get("Peer-Address"))
 
     def _skip_rest(self) -> bool:
         """Discard a portion of an overlong message; return whether all of it is gone."""

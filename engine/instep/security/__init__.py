@@ -1,0 +1,1 @@
+"""The one place that decides who may do what: keys, principals, policy. Nothing else knows roles."""

@@ -1,0 +1,121 @@
+"""What each principal uses of the server, against its quotas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Final
+
+from instep.security.principals import LOCAL, Principal
+from instep.streaming.api import Refusal
+from instep_client.protocol.codes import Code
+
+_RETRY_US: Final = 1_000_000
+_UNREAD_RETRY_US: Final = 100_000
+
+
+@dataclass(slots=True, eq=False)
+class Usage:
+    """What one principal uses, on all of its connections; the checks raise a Refusal."""
+
+    principal: Principal
+    """As it was read last: its quotas may have changed since it connected."""
+    number: int = 0
+    """Its streams count towards this number; those of 0 are not counted."""
+    count_of: Callable[[int], int] = lambda number: 0
+    """How many open streams count towards a number."""
+    connections: int = 0
+    kept_bytes: int = 0
+    """Replies that it has not read, as far as is known, and the states of its requests under way."""
+    frames_total: int = 0
+    refused_total: int = 0
+    """Messages that were refused because of a quota."""
+    _left: float = 0.0
+    """Frames that it may send now; below 0 after a block larger than that."""
+    _counted_ns: int = 0
+
+    def as_record(self, streams: int) -> tuple[int, ...]:
+        """The fields of `wire.PRINCIPAL`; the count of its open streams is the last."""
+        return self.frames_total, self.refused_total, self.kept_bytes, self.connections, streams
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has to read before it is given more."""
+        most = self.principal.quotas.unread_bytes
+        return most is not None and self.kept_bytes > most
+
+    @property
+    def share_bytes(self) -> float:
+        """What a connection may be sent before it is asked whether it reads, so that a quota is not full of guesses."""
+        most = self.principal.quotas.unread_bytes
+        return math.inf if most is None else most / 4 / max(1, self.connections)
+
+    def check_connections(self) -> None:
+        """There is to be one more connection."""
+        most = self.principal.quotas.connections
+        if most is not None and self.connections >= most:
+            raise self._refusal(Code.BUSY, _RETRY_US, f"{self.connections} connections, and its quota is {most}")
+
+    def check_streams(self, streams: int) -> None:
+        """So many streams are about to be opened."""
+        most = self.principal.quotas.streams
+        if most is not None and (held := self.count_of(self.number)) + streams > most:
+            what = f"{held} open streams, parked and hibernating ones included, and its quota is {most}: close some"
+            raise self._refusal(Code.TOO_MANY_STREAMS, _RETRY_US, what)
+
+    def check_unread(self) -> None:
+        """Something is asked for that will be answered."""
+        if self.is_full:
+            most = self.principal.quotas.unread_bytes
+            what = f"left {self.kept_bytes} bytes unread, and its quota is {most}: read first"
+            raise self._refusal(Code.BUSY, _UNREAD_RETRY_US, what)
+
+    def check_frames(self, frames: int, now_ns: int) -> None:
+        """Count the frames of a message; where they have to wait, they are not counted.
+
+        A second's worth of frames may come at once, and a block is never too large: the next one waits longer.
+        """
+        rate = self.principal.quotas.frames_per_s
+        if rate is not None:
+            self._left = min(rate, self._left + (now_ns - self._counted_ns) * rate / 1e9)
+            self._counted_ns = now_ns
+            if self._left < 0:
+                wait_us = int(-self._left / rate * 1e6) + 1
+                raise self._refusal(Code.BUSY, wait_us, f"sent more frames than its quota of {rate:g} a second")
+            self._left -= frames
+        self.frames_total += frames
+
+    def _refusal(self, code: Code, wait_us: int, what: str) -> Refusal:
+        self.refused_total += 1
+        return Refusal(code, retry_after_us=wait_us, sentence=f"{self.principal.name} has {what}")
+
+
+class Usages:
+    """The usage of everybody who has connected, by name."""
+
+    def __init__(self, count_of: Callable[[int], int]) -> None:
+        self._count_of = count_of
+        self._local = Usage(LOCAL)
+        self._usages: dict[str, Usage] = {}
+        self._numbers = count(1)
+
+    def __iter__(self) -> Iterator[Usage]:
+        """Those of principals with keys."""
+        return iter(self._usages.values())
+
+    def of(self, principal: Principal) -> Usage:
+        """The usage of a principal."""
+        if principal is LOCAL:
+            return self._local
+        if principal.name not in self._usages:
+            self._usages[principal.name] = Usage(principal, next(self._numbers), self._count_of)
+        return self._usages[principal.name]
+
+    def reloaded(self, principals: Collection[Principal]) -> None:
+        """Hold everybody to these quotas from now on, and forget whoever is not among them and has no connection."""
+        for principal in principals:
+            self.of(principal).principal = principal
+        names = {principal.name for principal in principals}
+        self._usages = {name: each for name, each in self._usages.items() if name in names or each.connections}

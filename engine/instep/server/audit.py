@@ -1,0 +1,110 @@
+"""The audit: who did what, in lines of JSON that never hold up the server."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import threading
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Final
+
+import structlog
+
+from instep.server.preparation import CannotServe
+
+MOST_LINES: Final = 4096
+"""Lines that wait for the disk; further ones are dropped."""
+_CLOSE_S: Final = 1.0
+_AUDITED: Final = frozenset(
+    {
+        *("configuration", "ready", "stopping", "stopped"),
+        *("connected", "disconnected", "refused", "handshakes failed", "audited request"),
+        *("reloaded", "not reloaded", "peers reloaded", "peers not reloaded", "reload kept"),
+        *("loaded", "swapped", "unloaded", "models reloaded", "models not reloaded"),
+    }
+)
+"""The lines of the log, whatever their level, that belong to the audit."""
+
+
+class Audit:
+    """A processor of structlog that also appends some lines of the log to a file, whatever `log.level` is.
+
+    A thread writes them. Lines that it cannot write in time, or not at all, are dropped and counted, and the file says
+    how many with the next line. It is opened for each line, and so follows its name as `log.file` does.
+
+    Raises:
+        CannotServe: the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(MOST_LINES)
+        self._writer: threading.Thread | None = None
+        self.log: structlog.stdlib.BoundLogger | None = None
+        """Where the first line of several is reported that cannot be written."""
+        self._surplus = self._failed = self._told = 0
+        """Lines that came too fast, that could not be written, and of both, those that the file tells of."""
+        self._refusals: dict[tuple[object, object], tuple[float, int]] = {}
+        """By principal and code, when a refusal was last taken, and how many were left out since."""
+        try:
+            self._open().close()
+        except OSError as error:
+            raise CannotServe(f"audit.file {path} cannot be written: {error.strerror}") from None
+
+    @property
+    def dropped(self) -> int:
+        """Lines that were not written."""
+        return self._surplus + self._failed
+
+    def __call__(self, logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        """Take a line of the log, at most one a second of each kind of refusal."""
+        if event["event"] not in _AUDITED:
+            return event
+        line = {"timestamp": datetime.now(UTC).isoformat(), **event}
+        if line["event"] == "refused":
+            kind, now_s = (line.get("principal"), line.get("code")), time.monotonic()
+            taken_s, left_out = self._refusals.get(kind, (-1.0, 0))
+            if now_s - taken_s < 1:
+                self._refusals[kind] = taken_s, left_out + 1
+                return event
+            self._refusals[kind] = now_s, 0
+            line["left_out"] = left_out
+        if self._writer is None:  # not earlier, because a process that was forked since would have no thread
+            self._writer = threading.Thread(target=self._write, name="instep-audit", daemon=True)
+            self._writer.start()
+        try:
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._surplus += 1
+        return event
+
+    def _write(self) -> None:
+        is_failing = False
+        while (line := self._lines.get()) is not None:
+            dropped = self.dropped
+            if dropped > self._told:
+                line["dropped_before"] = dropped - self._told
+            try:
+                with self._open() as file:
+                    file.write(f"{json.dumps(line, default=str)}\n")
+                self._told, is_failing = dropped, False
+            except OSError as error:
+                self._failed += 1
+                if self.log is not None and not is_failing:
+                    self.log.warning("audit not written", file=str(self._path), reason=error.strerror)
+                is_failing = True
+
+    def _open(self) -> IO[str]:
+        return open(self._path, "a", encoding="utf-8", opener=partial(os.open, mode=0o600))
+
+    def close(self) -> None:
+        """Wait until everything is written, but not for long."""
+        if self._writer is not None:
+            with suppress(queue.Full):
+                self._lines.put(None, timeout=_CLOSE_S)
+            self._writer.join(_CLOSE_S)

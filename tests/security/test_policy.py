@@ -1,0 +1,55 @@
+"""Who may do what, against the table of docs/security.md."""
+
+from __future__ import annotations
+
+import pytest
+
+from instep.security.policy import Verb, allowed, allowed_to_see, looked_up
+from instep.security.principals import LOCAL, Principal, Role
+
+KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
+MIC, OTHER = "mic-1", "imu-1"
+PRODUCER, OPERATOR = Role.PRODUCER, Role.OPERATOR
+
+
+def principal(role: Role, *streams: str, models: frozenset[str] | None = None) -> Principal:
+    return Principal(name="ann", key=KEY, role=role, streams=streams or ("*",), models=models)
+
+
+@pytest.mark.parametrize(
+    ("verb", "roles"),
+    [
+        (Verb.HELLO, set(Role)),
+        (Verb.OPEN, {PRODUCER, OPERATOR}),
+        (Verb.RESUME, {PRODUCER, OPERATOR}),
+        (Verb.READ_STATE, set(Role)),
+        (Verb.USE, {PRODUCER, OPERATOR}),
+        (Verb.LIST, set(Role)),
+        (Verb.REMOVE, {OPERATOR}),
+    ],
+)
+def test_what_each_role_may_do_with_streams_that_match(verb: Verb, roles: set[Role]) -> None:
+    assert {role for role in Role if allowed(principal(role, "mic-*"), verb, MIC)} == roles
+    assert {role for role in Role if allowed(principal(role, "mic-*"), verb)} == roles
+    for role in Role:
+        assert allowed(principal(role, "mic-*"), verb, MIC, OTHER) is (role in roles and verb is Verb.HELLO)
+        assert allowed(principal(role, "mic-*", "imu-?"), verb, MIC, OTHER) is (role in roles)
+    assert allowed(LOCAL, verb, MIC, OTHER)
+
+
+def test_a_model_is_one_of_those_named() -> None:
+    assert allowed(principal(PRODUCER), Verb.HELLO, "ears")
+    assert allowed(principal(PRODUCER, models=frozenset({"ears"})), Verb.HELLO, "ears")
+    assert not allowed(principal(PRODUCER, models=frozenset({"ears"})), Verb.HELLO, "eyes")
+
+
+def test_a_foreign_name_is_looked_up_as_one_that_no_stream_has() -> None:
+    names = looked_up(principal(PRODUCER, "mic-*"), Verb.RESUME, [MIC, OTHER, "imu-2"])
+    assert names[0] == MIC
+    assert not any(name.isprintable() for name in names[1:])
+    assert len(set(names)) == 3  # as many different ones as before
+
+
+def test_a_producer_sees_what_it_uses_itself() -> None:
+    assert [allowed_to_see(principal(role), "ann") for role in Role] == [True, True, True]
+    assert [allowed_to_see(principal(role), "bob") for role in Role] == [False, True, True]
