@@ -85,10 +85,11 @@ async def test_the_owner_of_a_busy_one_is_told_before_its_frames_are_refused() -
         kit.engine.hold(slots := kit.table.find(["s"]))
         removing = asyncio.ensure_future(kit.operations.remove(["s"], park=False))
         await asyncio.sleep(0)
-        assert (removing.done(), [event.code for event in owner.events]) == (False, [Code.BY_OPERATOR])
-        assert owner.events[0].handles.tolist() == opened.handles.tolist()
+        told, is_done = list(owner.events), removing.done()
         kit.engine.release(slots)
         kit.engine.waiters.check()
+        assert (is_done, [event.code for event in told]) == (False, [Code.BY_OPERATOR])
+        assert told[0].handles.tolist() == opened.handles.tolist()
         assert (await removing).tolist() == [0]
 
 
