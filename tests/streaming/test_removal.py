@@ -71,7 +71,7 @@ async def test_more_than_memory_holds_are_done_without_waking_them(tmp_path: Pat
             await owner.open(names[first : first + 4])
             await tick(kit)
         assert (len(kit.hibernation), kit.table.open_count) == (12, 0)
-        assert not (await kit.operations.remove(names, park=park)).any()
+        assert not (await asyncio.wait_for(kit.operations.remove(names, park=park), 30)).any()
         assert kit.table.open_count == 0
         told = [event for event in owner.events if event.code is Code.BY_OPERATOR]
         assert sum(len(event.handles) for event in told) == 12
