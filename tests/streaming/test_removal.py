@@ -71,7 +71,7 @@ async def test_more_than_memory_holds_are_done_without_waking_them(tmp_path: Pat
             await owner.open(names[first : first + 4])
             await tick(kit)
         assert (len(kit.hibernation), kit.table.open_count) == (12, 0)
-        assert not (await kit.operations.remove(names, park=park)).any()
+        assert not (await asyncio.wait_for(kit.operations.remove(names, park=park), 30)).any()
         assert kit.table.open_count == 0
         told = [event for event in owner.events if event.code is Code.BY_OPERATOR]
         assert sum(len(event.handles) for event in told) == 12
@@ -85,10 +85,11 @@ async def test_the_owner_of_a_busy_one_is_told_before_its_frames_are_refused() -
         kit.engine.hold(slots := kit.table.find(["s"]))
         removing = asyncio.ensure_future(kit.operations.remove(["s"], park=False))
         await asyncio.sleep(0)
-        assert (removing.done(), [event.code for event in owner.events]) == (False, [Code.BY_OPERATOR])
-        assert owner.events[0].handles.tolist() == opened.handles.tolist()
+        told, is_done = list(owner.events), removing.done()
         kit.engine.release(slots)
         kit.engine.waiters.check()
+        assert (is_done, [event.code for event in told]) == (False, [Code.BY_OPERATOR])
+        assert told[0].handles.tolist() == opened.handles.tolist()
         assert (await removing).tolist() == [0]
 
 
