@@ -21,6 +21,7 @@ from rich.markup import escape
 
 from benchmarks.connection import NotServed
 from benchmarks.durability import durability, verify_live
+from benchmarks.encryption import encrypted
 from benchmarks.isolation import isolation
 from benchmarks.measurement import Bench, Row
 from benchmarks.models import fairness, swap
@@ -41,6 +42,7 @@ SEPARATE: Final = {
     "listed": listed,
     "swap": swap,
     "fairness": fairness,
+    "encrypted": encrypted,
 }
 """Measured only when they are named: they depend on a disk, or take long."""
 QUICK: Final[dict[str, Any]] = {"rounds": 1, "seconds": 0.05, "scale": 50}

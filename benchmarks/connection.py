@@ -16,6 +16,7 @@ import numpy as np
 import zmq
 
 from instep_client import replies
+from instep_client.key_files import ClientKeys
 from instep_client.protocol import wire
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import STEPPED, STEPPED_HEADER, U64, Code, Header, Kind, ServerInfo
@@ -43,12 +44,14 @@ class BareConnection:
     `output_bytes` is the size of the outputs in one answer.
     """
 
-    def __init__(self, endpoint: str, output_bytes: int = 0) -> None:
+    def __init__(self, endpoint: str, output_bytes: int = 0, keys: ClientKeys | None = None) -> None:
         self._context = zmq.Context()
         socket = self._context.socket(zmq.DEALER)
         socket.linger = 0
         socket.rcvhwm = 65_536
         socket.rcvtimeo = SILENT_MS
+        if keys is not None:
+            socket.curve_serverkey, socket.curve_publickey, socket.curve_secretkey = (key.encode() for key in keys)
         socket.connect(endpoint)
         self.socket: zmq.Socket[bytes] = socket
         self._send, self._recv = socket.send, socket.recv

@@ -26,6 +26,7 @@ from instep.models.folder import load_model, make_model, write_model
 from instep.models.model import Model
 from instep.models.network import PortableNetwork
 from instep.models.recurrent.description import GruDescription, GruLayers
+from instep_client.key_files import ClientKeys
 from instep_client.protocol.state_spec import StateSpec
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -293,6 +294,7 @@ def measured(
     drive: Drive,
     *,
     once: bool = False,
+    keys: ClientKeys | None = None,
 ) -> float:
     """What a loop measures over a new connection with new streams of these inputs.
 
@@ -303,7 +305,7 @@ def measured(
         NotServed: when the server refuses a request or does not answer.
     """
     width = max(each.steps * each.x.shape[1] for each in inputs)
-    with BareConnection(endpoint, width * model.output_bytes) as connection:
+    with BareConnection(endpoint, width * model.output_bytes, keys) as connection:
         connection.hello()
         groups = open_streams(connection, inputs, once=once)
         found = drive(connection, groups)
