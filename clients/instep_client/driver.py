@@ -321,7 +321,8 @@ def _why_handshake_failed(event: int, status: int, keys: ClientKeys | None, endp
     if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and status == _UNKNOWN_KEY:
         return f"the server at {endpoint} does not know this client's key: its operator can add it to peers_file", True
     if keys is None:
-        return (f"the server at {endpoint} wants a key: give key_file and server_key" if is_final else ""), is_final
+        cure = "give key_file and server_key, or set INSTEP_KEY_FILE and INSTEP_SERVER_KEY"
+        return (f"the server at {endpoint} wants a key: {cure}" if is_final else ""), is_final
     why = "is not the one whose key you gave as server_key, or it has no keys, or something else answers there"
     return f"the server at {endpoint} {why}", is_final
 

@@ -88,6 +88,7 @@ class LoopThread:
         except (concurrent.futures.CancelledError, ClientClosed) as error:
             if self._failure is None and isinstance(error, ClientClosed):
                 raise
+            work.close()  # where the loop ended before it began
             self._raise_ended()
         except BaseException:
             wanted.cancel()

@@ -125,7 +125,7 @@ class TestCommand:
                 assert await streams.close(target, terminal, Stop(), prefix="new") == Exit.OK
                 with pytest.raises(StreamEvicted) as evicted:
                     await mine.step(np.zeros(F))
-                assert evicted.value.code in {Code.FENCED, Code.UNKNOWN_STREAM}
+                assert evicted.value.code is Code.BY_OPERATOR
                 with pytest.raises(CommandProblem):
                     await streams.close(target, terminal, Stop())
                 terminal = RememberingTerminal(as_json=True)

@@ -226,7 +226,7 @@ def _module(against: str) -> nn.Module:
             if not hasattr(value, name):
                 known = sorted(key for key, each in vars(value).items() if isinstance(each, nn.Module))
                 raise ModelError(
-                    f"{file} has no {attribute}: its modules are {', '.join(known) or 'made in functions'}"
+                    f"{file} has no {attribute!r}: its modules are {', '.join(known) or 'made in functions'}"
                 )
             value = getattr(value, name)
         if callable(value) and not isinstance(value, nn.Module | type):
