@@ -542,7 +542,7 @@ class AsyncClient:
         return await self._driver.wait(self._session.ping(time.monotonic()))
 
     async def principals(self) -> list[PrincipalUsage]:
-        """What principals use, those that this client may see; empty at a server without keys."""
+        """The usage of each principal that this client may see. A server without keys has none."""
         return await self._driver.wait(self._session.principals())
 
     async def stats(self) -> dict[str, float]:

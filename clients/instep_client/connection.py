@@ -159,7 +159,7 @@ class Outbox:
         return any(asked.request.reply is reply for asked in self.unanswered.values())
 
     def under_way(self, reply: Kind) -> dict[int, Asked]:
-        """By number, requests that the driver has taken and whose replies are of this kind."""
+        """The requests that the driver has taken and that get a reply of this kind, by number."""
         return {
             number: asked
             for number, asked in self.unanswered.items()

@@ -739,7 +739,7 @@ class SendQueue:
             self.go_on(call.handle)
 
     def _end_unsent(self, handle: StreamHandle) -> None:
-        """Fail the waiting calls of a handle some of whose streams have ended, except steps of a group.
+        """Fail the waiting calls of a handle after some of its streams have ended, except steps of a group.
 
         `_next_block` sends those without the ended streams. If a step failed here, its caller would repeat it for the
         other streams, but steps made in the meantime would be sent first, and a step that was partly sent would be

@@ -46,7 +46,7 @@ class ErrorReply(NamedTuple):
 
 
 class PrincipalUsage(NamedTuple):
-    """What a principal uses of a server with keys, on all of its connections."""
+    """The usage of one principal of a server with keys, summed over its connections."""
 
     name: str
     frames: int
@@ -54,7 +54,7 @@ class PrincipalUsage(NamedTuple):
     refused: int
     """Messages that a quota refused."""
     unread_bytes: int
-    """What the server keeps for it until it is read."""
+    """Bytes that the server keeps for the principal until it has read them."""
     connections: int
     streams: int
     """Open streams, parked and hibernating ones included."""
@@ -175,7 +175,7 @@ def statistics(header: Header, frames: Sequence[Frame]) -> dict[str, float]:
 
 
 def principals(header: Header, frames: Sequence[Frame]) -> list[PrincipalUsage]:
-    """What principals use, from STATISTICS."""
+    """The usage of each principal, from STATISTICS."""
     count = len(frames[2]) // wire.PRINCIPAL.itemsize
     names = wire.unpack_names(bytes(frames[1]), count) if count else []
     records = wire.array_frame(frames[2], wire.PRINCIPAL, (count,), "principals").tolist()

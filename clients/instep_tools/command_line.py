@@ -136,7 +136,7 @@ def add_root_options(app: CommandLine, *, keys: bool = False) -> None:
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help shows flags without a value and ends with examples."""
+    """A command. Its help shows flags without a value, and ends with examples."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Arguments and options."""

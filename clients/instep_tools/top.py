@@ -88,7 +88,7 @@ class ScreenView:
         return {model.name: self.rate(model.frames, before.get(model.name)) for model in self.now.models}
 
     def principals(self) -> list[tuple[PrincipalUsage, float]]:
-        """What principals use, each with its frames per second, those who send most first."""
+        """The usage of each principal with its frames per second, the busiest first."""
         before = {each.name: each.frames for each in self.before.principals} if self.before else {}
         rated = [(each, self.rate(each.frames, before.get(each.name))) for each in self.now.principals]
         return sorted(rated, key=lambda each: -each[1] if each[1] > 0 else 0)

@@ -90,8 +90,8 @@ bytes).
 PRINCIPAL: Final = np.dtype(
     [("frames", "<u8"), ("refused", "<u8"), ("unread_bytes", "<u8"), ("connections", "<u4"), ("streams", "<u4")]
 )
-"""What a principal uses, in STATISTICS: the frames that it sent, its messages that a quota refused, the bytes that the
-server keeps for it, and its connections and open streams (32 bytes)."""
+"""The usage of a principal in STATISTICS (32 bytes): the frames that it sent, its messages that a quota refused, the
+bytes that the server keeps for it, and its connections and open streams."""
 
 NO_FAILURES: Final[FailureArray] = np.empty(0, FAILURE)
 
@@ -501,7 +501,7 @@ def received_from(
     recv = router.recv
     for number in range(at_most):
         if number == 1 and not ready(router):
-            return  # a lone message, as many are: to ask costs half of what the exception does
+            return  # messages often come alone, and asking costs half as much as the exception
         try:
             routing_id = recv(NOW)
         except zmq.Again:

@@ -50,7 +50,7 @@ def load_page(
 ) -> Page:
     """The page for one load, or for a search.
 
-    `best` is the load to show in full; if there is none, the page names `plan`. `sentence` is the summary on the
+    `best` is the load that is shown in full; without one, the page names `plan`. `sentence` is the summary on the
     terminal.
     """
     sections = [*([] if search is None else [_search(search)]), *([] if best is None else [_latency(best)])]

@@ -48,7 +48,10 @@ class Usage:
 
     @property
     def share_bytes(self) -> float:
-        """What a connection may be sent before it is asked whether it reads, so that a quota is not full of guesses."""
+        """The bytes after which a connection is asked whether it has read them.
+
+        Several such shares fit into the quota, so a client that reads in time is not refused.
+        """
         most = self.principal.quotas.unread_bytes
         return math.inf if most is None else most / 4 / max(1, self.connections)
 

@@ -238,7 +238,7 @@ class Server:
         return [served.service for served in self.models]
 
     def used(self) -> dict[str, tuple[int, ...]]:
-        """What principals use, by name; see `Frontend.used`."""
+        """The usage of each principal, by name; see `Frontend.used`."""
         return {name: used for frontend in self._frontends for name, used in frontend.used().items()}
 
     @property

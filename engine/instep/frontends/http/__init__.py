@@ -32,4 +32,4 @@ class Subject(Protocol):
         """The current models, the default one first."""
 
     def used(self) -> dict[str, tuple[int, ...]]:
-        """What principals use, by name; see `Frontend.used`."""
+        """The usage of each principal, by name; see `Frontend.used`."""

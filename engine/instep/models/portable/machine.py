@@ -118,7 +118,7 @@ class Library:
     def function(self, name: str, *arguments: Any) -> Any:
         """A function without a return value; a call releases the interpreter's lock."""
         found: Any = ctypes.CFUNCTYPE(None, *arguments)(self.address(name))
-        found.library = self  # its code is freed with the library
+        found.library = self  # keeps the compiled code alive as long as the function
         return found
 
 
