@@ -72,7 +72,7 @@ def connect():
     socket = context.socket(zmq.DEALER)
     socket.linger = 0
     socket.connect(sys.argv[1])
-    return ask(HELLO, 8, "minimal", "")[0]
+    return ask(HELLO, 9, "minimal", "")[0]
 
 
 def resume():

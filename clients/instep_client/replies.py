@@ -99,7 +99,7 @@ def welcome(header: Header, frames: Sequence[Frame]) -> ServerInfo:
             except InvalidStateSpec as error:
                 raise MalformedMessage(f"WELCOME describes a state that cannot be: {error}") from None
         elif kind == "int":
-            values.append(wire.count_field(value, name, _MOST))
+            values.append(wire.count_field(value, name, _MOST, at_least=name not in ("shard", "term")))
         elif kind == "float":
             values.append(_number(value, name))
         else:

@@ -23,6 +23,8 @@ HEADERS: list[tuple[Kind, int, tuple[Any, ...], str]] = [
     (Kind.ERROR, 5, (200, "x", 2000), "95 48 05 ccc8 a1 78 cd07d0"),
     (Kind.MOVED, 0, (1, "ab"), "94 4f 00 01 a2 6162"),
     (Kind.REMOVE, 9, (3, 1), "94 0d 09 03 01"),
+    (Kind.SHARDS, 23, (), "92 10 17"),
+    (Kind.SHARDED, 23, (3,), "93 50 17 03"),
 ]
 
 
@@ -146,3 +148,35 @@ def test_names_that_are_not_lines_are_refused(frame: bytes, count: int) -> None:
 )
 def test_a_good_name_is_printable_and_short(name: str, is_good: bool) -> None:
     assert wire.name_is_good(name) is is_good
+
+
+@pytest.mark.parametrize(
+    ("name", "crc", "shards"),
+    [
+        ("mic-1", 0xDACBD3C4, (0, 0, 0, 108)),
+        ("mic-2", 0x43C2827E, (0, 2, 10, 862)),
+        ("mic-3", 0x34C5B2E8, (0, 0, 8, 624)),
+        ("mic-4", 0xAAA1274B, (1, 3, 7, 75)),
+        ("straße/7", 0x10499E79, (1, 1, 5, 153)),
+        ("😀", 0x054DB544, (0, 0, 4, 756)),
+        ("stream-000123", 0x32634DDE, (0, 2, 10, 798)),
+    ],
+)
+def test_the_shard_of_a_name_is_its_crc(name: str, crc: int, shards: tuple[int, ...]) -> None:
+    assert wire.shard_of(name, 2**32) == crc
+    assert tuple(wire.shard_of(name, count) for count in (2, 4, 12, 1000)) == shards
+
+
+def test_a_table_of_shards_comes_back_as_it_was_sent() -> None:
+    table = wire.ShardTable(np.array([1, 0], np.uint64), ("ipc:///tmp/a.0", ""))
+    message = table.pack(7)
+    found = wire.ShardTable.unpack(wire.unpack_header(message), message)
+    assert (found.terms.tolist(), found.endpoints) == ([1, 0], table.endpoints)
+
+
+@pytest.mark.parametrize("terms", [bytes(15), bytes(24)])
+def test_a_table_of_another_number_of_shards_is_malformed(terms: bytes) -> None:
+    message = wire.ShardTable(np.array([1, 0], np.uint64), ("", "")).pack(7)
+    message[1] = terms
+    with pytest.raises(MalformedMessage):
+        wire.ShardTable.unpack(wire.unpack_header(message), message)

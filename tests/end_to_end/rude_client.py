@@ -28,7 +28,7 @@ def main(endpoint: str, features: int, behaviour: str) -> None:
     socket = zmq.Context().socket(zmq.DEALER)
     socket.setsockopt(zmq.RCVHWM, 1000 if behaviour == "reads" else 1)
     socket.connect(endpoint)
-    socket.send(msgpack.packb([HELLO, 1, 8, "rude", ""]))
+    socket.send(msgpack.packb([HELLO, 1, 9, "rude", ""]))
     socket.recv_multipart()
     names = "\n".join(f"rude-{index}" for index in range(STREAMS))
     socket.send_multipart([msgpack.packb([OPEN, 2, STREAMS, 0, 0]), names.encode(), b"", b""])

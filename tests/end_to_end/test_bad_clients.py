@@ -20,7 +20,7 @@ import zmq
 
 from instep.models.folder import write_model
 from instep.server import assembly
-from instep_client.protocol.wire import Kind
+from instep_client.protocol.wire import PROTOCOL_VERSION, Kind
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -156,7 +156,7 @@ def flood_with_columns(endpoint: str, kind: Kind, messages: int = 150, columns: 
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 2)
         socket.connect(endpoint)
-        socket.send(msgpack.packb([Kind.HELLO, 1, 8, "flood", ""]))
+        socket.send(msgpack.packb([Kind.HELLO, 1, PROTOCOL_VERSION, "flood", ""]))
         for request in range(2, 2 + messages):
             socket.send_multipart([msgpack.packb([kind, request, *fields]), *frames])
 

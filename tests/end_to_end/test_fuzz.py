@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from instep.models.folder import write_model
 from instep_client.protocol import wire
-from instep_client.protocol.wire import Code, Kind
+from instep_client.protocol.wire import PROTOCOL_VERSION, Code, Kind
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient, Reply
 from tests.support.running import running
@@ -53,7 +53,7 @@ FAILURES = frozenset(
 )
 """Why one column may be."""
 ANSWERS = {
-    Kind.WELCOME: 20,
+    Kind.WELCOME: 23,
     Kind.OPENED: 5,
     Kind.CLOSED: 4,
     Kind.PING: 2,
@@ -242,7 +242,7 @@ class MessageMaker:
         return [self._one_of(known) for _ in range(count)]
 
     def _hello(self) -> list[bytes]:
-        return [self._header(Kind.HELLO, 8, "fuzzer", "")]
+        return [self._header(Kind.HELLO, PROTOCOL_VERSION, "fuzzer", "")]
 
     def _open(self) -> list[bytes]:
         count = 1 + self._below(3)
@@ -443,7 +443,7 @@ class Fuzzer(threading.Thread):
 
     def _send_some(self) -> None:
         self._send(msgpack.packb([Kind.PING, 1]))  # the server does not know the connection yet
-        self._send(msgpack.packb([Kind.HELLO, 2, 8, "fuzzer", ""]))
+        self._send(msgpack.packb([Kind.HELLO, 2, PROTOCOL_VERSION, "fuzzer", ""]))
         self._due += 2
         self._maker.connected()
         for _ in range(A_CONNECTION // BURST):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import Final, Self
 
-PROTOCOL_VERSION: Final = 8
+PROTOCOL_VERSION: Final = 9
 DEFAULT_ENDPOINT: Final = "tcp://127.0.0.1:5757"
 MAX_NAME_BYTES: Final = 200
 MAX_MODEL_NAME_LENGTH: Final = 100
@@ -69,7 +69,11 @@ class Code(IntEnum):
     FRAMES_PENDING = 117, "frames or outputs of this stream are still in flight; ask again when they have arrived"
     HIBERNATED = 118, "the stream was idle and has left memory; the server wakes it: wait for its new handle (WOKEN)"
     UNLOADED = 119, "the stream was ended because its model was unloaded, and no recording keeps it"
-    BY_OPERATOR = 120, "an operator of the server closed the stream or parked it; a parked one can be resumed"
+    WRONG_SHARD = (
+        120,
+        "the name belongs to another shard of the cluster; ask for the table (SHARDS) and connect to that",
+    )
+    BY_OPERATOR = 121, "an operator of the server closed the stream or parked it; a parked one can be resumed"
     BUSY = 200, "the server's queue is full; nothing of this message was applied; send it again later"
     TOO_MANY_STREAMS = (
         201,

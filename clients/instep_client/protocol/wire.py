@@ -17,6 +17,7 @@ This module opens no socket and keeps no state.
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -41,6 +42,8 @@ from instep_client.protocol.state_spec import StateSpec
 MAX_HEADER_BYTES: Final = 4096
 MAX_BLOCK_STREAMS: Final = 65_535
 """The most columns one OPEN, STEP or CLOSE may carry."""
+MAX_SHARDS: Final = 4096
+"""The most shards of a cluster."""
 
 Frame: TypeAlias = bytes | memoryview
 Message: TypeAlias = list[Frame]
@@ -128,7 +131,8 @@ class Kind(IntEnum):
     LIST = 11, 5, 2  # cursor (0 at first), the most streams, place (0 for any) | what the names begin with
     MODELS = 12, 2, 1
     REMOVE = 13, 4, 2  # N, whether to park the streams (1) or close them (0) | names
-    WELCOME = 65, 20, 2  # see ServerInfo | names of the outputs, or empty
+    SHARDS = 16, 2, 1  # where all shards are
+    WELCOME = 65, 23, 2  # see ServerInfo | names of the outputs, or empty
     OPENED = 66, 5, 3  # N, durability, sentences | grants [N], failures
     STEPPED = 67, 0, 2
     CLOSED = 68, 4, 3  # N, sentences | final states [N, row_bytes] (floats NaN where refused), failures
@@ -143,7 +147,8 @@ class Kind(IntEnum):
     LISTED = 77, 4, 3  # N, cursor of the next page (0 after the last) | names, listings [N]
     SERVED = 78, 3, 3  # N | names, models [N]
     MOVED = 79, 4, 3  # (request 0) N, fingerprint | handles uint64 [N], seqs uint64 [N]
-    WOKEN = 80, 3, 3  # (request 0) N | former handles uint64 [N], new handles uint64 [N]
+    SHARDED = 80, 3, 3  # N | terms uint64 [N], endpoints (UTF-8, one a line, empty where nobody serves the shard)
+    WOKEN = 81, 3, 3  # (request 0) N | former handles uint64 [N], new handles uint64 [N]
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +185,12 @@ class ServerInfo:
     """The failures that answers survive: `memory` none, `commit` a killed process, `fsync` also a loss of power."""
     park_s: float
     """Seconds for which a stream is kept after its connection is lost; 0 for not at all."""
+    shard: int = 0
+    """The number of the shard that the server is, from 0."""
+    shards: int = 1
+    """The number of shards of the cluster; 1 for a server that is on its own."""
+    term: int = 0
+    """The number of this server among those that the shard has had on any node; 0 without a directory."""
     output_names: tuple[str, ...] = ()
     """Names of the outputs, in order; empty if they have none."""
 
@@ -307,6 +318,39 @@ def unpack_names(frame: Frame, count: int) -> list[str]:
 def name_is_good(name: str) -> bool:
     """Whether a name is valid for a stream: 1 to 200 bytes of UTF-8, printable."""
     return 0 < len(name) <= MAX_NAME_BYTES and name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES
+
+
+def shard_of(name: str, shards: int) -> int:
+    """The shard of a stream: the CRC-32 of its name's UTF-8 bytes, modulo the number of shards."""
+    return zlib.crc32(name.encode()) % shards
+
+
+class ShardTable(NamedTuple):
+    """SHARDED: where each shard of a cluster is served."""
+
+    terms: U64
+    """The term of each shard, uint64 [N]."""
+    endpoints: tuple[str, ...]
+    """The endpoint of each shard; empty where nobody serves it. The host `*` is the one that was asked."""
+
+    def pack(self, request: int) -> Message:
+        """SHARDED, in answer to a request."""
+        return [
+            pack_header(Kind.SHARDED, request, len(self.terms)),
+            raw(self.terms),
+            "\n".join(self.endpoints).encode(),
+        ]
+
+    @classmethod
+    def unpack(cls, header: Header, frames: Sequence[Frame]) -> ShardTable:
+        """Check and read SHARDED.
+
+        Raises:
+            MalformedMessage: naming the invalid part.
+        """
+        count = count_field(header.fields[0], "N", MAX_SHARDS)
+        terms = array_frame(frames[1], "<u8", (count,), "terms")
+        return cls(terms, tuple(unpack_names(frames[2], count)))
 
 
 # ── STEP and STEPPED ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,7 +15,7 @@ from instep.models.recurrent.description import GruDescription, GruLayers
 from instep.streaming.api import Grants, Refusal, Reply, StatesRead, StreamEvent
 from instep.streaming.listing import ListedPage, StreamStatus
 from instep_client.protocol import wire
-from instep_client.protocol.wire import Code, Kind, Message, ServerInfo
+from instep_client.protocol.wire import Code, Kind, Message, ServerInfo, ShardTable
 from tests.docs.support.page import DOCS
 from tests.support.states import gru_state, rows_of
 
@@ -165,6 +165,8 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     "REMOVE": [wire.pack_header(Kind.REMOVE, 20, 1, 1), b"mic-3"],
     "EVICTED": encode.evicted(StreamEvent(Code.FENCED, u64(MIC_1, MIC_2))),
     "MOVED": encode.moved(u64(MIC_1, MIC_2), i64(3, 2), "90c2"),
+    "SHARDS": [wire.pack_header(Kind.SHARDS, 23)],
+    "SHARDED": ShardTable(u64(1, 4, 2), ("tcp://10.0.0.1:5757", "", "tcp://10.0.0.2:5759")).pack(23),
     "WOKEN": encode.woken(u64(MIC_1), u64(RESUMED_1)),
     "ERROR": encode.error(15, Refusal(Code.BUSY, retry_after_us=2000)),
     "GOODBYE": encode.goodbye("the server is shutting down: it was asked to"),

@@ -10,7 +10,7 @@ import pytest
 
 from instep.frontends.zmq.decode import Decoder
 from instep.server.server import Server
-from instep_client.protocol.wire import Code, Kind
+from instep_client.protocol.wire import PROTOCOL_VERSION, Code, Kind
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -53,7 +53,7 @@ REFUSED: list[tuple[list[bytes], Code]] = [
     ([header(Kind.OPEN, 1, 1, 0), b"a", b"\0" * 4, b""], Code.WRONG_SHAPE),
     ([header(Kind.RESUME, 2, 0), b"a\na", b"\0" * 32], Code.REPEATED_STREAM),
     ([header(Kind.HELLO, 1, "x", "")], Code.WRONG_VERSION),
-    ([header(Kind.HELLO, 8, "x", "another")], Code.MALFORMED),
+    ([header(Kind.HELLO, PROTOCOL_VERSION, "x", "another")], Code.MALFORMED),
 ]
 
 
@@ -82,7 +82,7 @@ async def test_a_connection_that_did_not_say_hello_is_told_to(server: Server) ->
 @pytest.mark.parametrize("identity", [b"alice", b"\0alice", b"\0abc"])
 async def test_a_self_chosen_identity_is_refused(server: Server, identity: bytes) -> None:
     async with RawClient(server.endpoint, identity=identity) as client:
-        reply = await client.ask(msgpack.packb([Kind.HELLO, 1, 8, "raw", ""]))
+        reply = await client.ask(msgpack.packb([Kind.HELLO, 1, PROTOCOL_VERSION, "raw", ""]))
         assert reply.code is Code.MALFORMED
 
 
@@ -114,7 +114,7 @@ async def test_no_more_connections_than_the_limit() -> None:
     async with running(SMALL, limits={"max_connections": 1}) as server:
         async with RawClient(server.endpoint) as first, RawClient(server.endpoint) as second:
             await first.hello()
-            reply = await second.ask(msgpack.packb([Kind.HELLO, 1, 8, "raw", ""]))
+            reply = await second.ask(msgpack.packb([Kind.HELLO, 1, PROTOCOL_VERSION, "raw", ""]))
             assert reply.code is Code.BUSY
             assert reply.header[4] == 1_000_000
 

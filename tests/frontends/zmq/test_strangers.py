@@ -16,7 +16,7 @@ import zmq
 from instep.frontends.zmq.peers import Peer
 from instep.models.folder import write_model
 from instep.server import recordings
-from instep_client.protocol.wire import Code, Kind
+from instep_client.protocol.wire import PROTOCOL_VERSION, Code, Kind
 from tests.support.commits import held_commits
 from tests.support.models import SMALL, whole
 from tests.support.raw import RawClient
@@ -64,7 +64,7 @@ def test_routing_ids_that_strangers_claim_cost_no_ordinary_connection(tmp_path: 
             ordinary = open_sockets.enter_context(context.socket(zmq.DEALER))
             ordinary.setsockopt(zmq.LINGER, 0)
             ordinary.connect(server.endpoint)
-            ordinary.send(msgpack.packb([Kind.HELLO, 1, 8, "ordinary", ""]))
+            ordinary.send(msgpack.packb([Kind.HELLO, 1, PROTOCOL_VERSION, "ordinary", ""]))
             assert ordinary.poll(30_000), "no answer"
             assert msgpack.unpackb(ordinary.recv())[0] == Kind.WELCOME
         asyncio.run(assert_serves(server.endpoint, rng, "s"))
