@@ -9,7 +9,8 @@ from instep.security.principals import LOCAL, Principal, Role
 
 KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
 MIC, OTHER = "mic-1", "imu-1"
-PRODUCER, OPERATOR = Role.PRODUCER, Role.OPERATOR
+PRODUCER, OPERATOR, NODE = Role.PRODUCER, Role.OPERATOR, Role.NODE
+CLIENTS = set(Role) - {NODE}
 
 
 def principal(role: Role, *streams: str, models: frozenset[str] | None = None) -> Principal:
@@ -19,12 +20,12 @@ def principal(role: Role, *streams: str, models: frozenset[str] | None = None) -
 @pytest.mark.parametrize(
     ("verb", "roles"),
     [
-        (Verb.HELLO, set(Role)),
+        (Verb.HELLO, CLIENTS),
         (Verb.OPEN, {PRODUCER, OPERATOR}),
         (Verb.RESUME, {PRODUCER, OPERATOR}),
-        (Verb.READ_STATE, set(Role)),
+        (Verb.READ_STATE, CLIENTS),
         (Verb.USE, {PRODUCER, OPERATOR}),
-        (Verb.LIST, set(Role)),
+        (Verb.LIST, CLIENTS),
         (Verb.REMOVE, {OPERATOR}),
     ],
 )
@@ -35,6 +36,11 @@ def test_what_each_role_may_do_with_streams_that_match(verb: Verb, roles: set[Ro
         assert allowed(principal(role, "mic-*"), verb, MIC, OTHER) is (role in roles and verb is Verb.HELLO)
         assert allowed(principal(role, "mic-*", "imu-?"), verb, MIC, OTHER) is (role in roles)
     assert allowed(LOCAL, verb, MIC, OTHER)
+
+
+def test_nodes_speak_among_themselves_and_operators_manage_them() -> None:
+    assert {role for role in Role if allowed(principal(role), Verb.TAKE_PART)} == {NODE}
+    assert {role for role in Role if allowed(principal(role), Verb.MANAGE)} == {NODE, OPERATOR}
 
 
 def test_a_model_is_one_of_those_named() -> None:
@@ -51,5 +57,5 @@ def test_a_foreign_name_is_looked_up_as_one_that_no_stream_has() -> None:
 
 
 def test_a_producer_sees_what_it_uses_itself() -> None:
-    assert [allowed_to_see(principal(role), "ann") for role in Role] == [True, True, True]
-    assert [allowed_to_see(principal(role), "bob") for role in Role] == [False, True, True]
+    assert [allowed_to_see(principal(role), "ann") for role in Role] == [True, True, True, True]
+    assert [allowed_to_see(principal(role), "bob") for role in Role] == [False, True, True, True]

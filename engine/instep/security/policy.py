@@ -29,9 +29,13 @@ class Verb(Enum):
     """LIST, MODELS and STATS."""
     REMOVE = auto()
     """To close or park the streams of others."""
+    MANAGE = auto()
+    """To ask the directory of a cluster for its status, and to move shards."""
+    TAKE_PART = auto()
+    """To be a node of a cluster: to serve shards and to send copies."""
 
 
-_ALL: Final = frozenset(Role)
+_ALL: Final = frozenset(Role) - {Role.NODE}
 _OWNERS: Final = frozenset({Role.PRODUCER, Role.OPERATOR})
 _ROLES: Final = {
     Verb.HELLO: _ALL,
@@ -41,6 +45,8 @@ _ROLES: Final = {
     Verb.USE: _OWNERS,
     Verb.LIST: _ALL,
     Verb.REMOVE: frozenset({Role.OPERATOR}),
+    Verb.MANAGE: frozenset({Role.OPERATOR, Role.NODE}),
+    Verb.TAKE_PART: frozenset({Role.NODE}),
 }
 
 

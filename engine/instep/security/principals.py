@@ -57,6 +57,8 @@ class Role(StrEnum):
     PRODUCER = "producer"
     READER = "reader"
     OPERATOR = "operator"
+    NODE = "node"
+    """A machine of a cluster, and nothing else: it speaks to the directory and to other nodes, not to servers."""
 
 
 class Quotas(Section):

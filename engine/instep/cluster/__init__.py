@@ -1,0 +1,1 @@
+"""Shards of several machines: the directory, the agent of each node, and the copies of recordings."""

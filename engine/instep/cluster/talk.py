@@ -1,0 +1,213 @@
+"""Requests and answers between nodes, copies and the directory: msgpack over ZeroMQ, encrypted where there are keys.
+
+A request is `[number, verb, *arguments]`. Its answer is `[number, true, value]`, or `[number, false, sentence]` if it
+is refused. A message that nobody asked for has the number 0.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Collection, Iterator
+from typing import Any, Final, NamedTuple
+
+import msgpack
+import zmq
+
+from instep.config import TransportConfig
+from instep.frontends.zmq.router import Router
+from instep.security.keys import ServerKeys
+from instep.security.policy import Verb, allowed
+from instep_client.key_files import ClientKeys
+
+_AT_ONCE: Final = 256
+_OPTIONS: Final = {
+    zmq.LINGER: 0,
+    zmq.IPV6: 1,
+    zmq.RECONNECT_IVL: 50,
+    zmq.HEARTBEAT_IVL: 500,  # else a machine that is gone would be noticed by TCP, after minutes
+    zmq.HEARTBEAT_TIMEOUT: 2000,
+    zmq.HEARTBEAT_TTL: 10_000,
+}
+
+
+class NoAnswer(Exception):
+    """Nothing has come within the time limit; the request may have arrived or not."""
+
+
+class Rejected(Exception):
+    """The request was refused; the message is the other side's sentence."""
+
+
+class NodeRequest(NamedTuple):
+    """What a connection asks."""
+
+    connection: bytes
+    number: int
+    verb: str
+    arguments: list[Any]
+    principal: str
+    """The name that its key proves; empty without keys."""
+
+
+class Listener:
+    """A socket that gets requests, and answers them; for one thread.
+
+    With keys only nodes are heard, and operators for the verbs in `for_operators`. Any other connection that sends
+    something is ended, and so is one that sends what is not a request.
+
+    Raises:
+        CannotListen: when the endpoint cannot be bound.
+    """
+
+    def __init__(
+        self, transport: TransportConfig, keys: ServerKeys | None, for_operators: Collection[str] = frozenset()
+    ) -> None:
+        self._router = Router(transport, keys)
+        self._for_operators = for_operators
+        self._arrivals = select.poll()
+        self._arrivals.register(self._router.signal_fd, select.POLLIN)
+
+    @property
+    def endpoint(self) -> str:
+        """Where it listens."""
+        return self._router.endpoint
+
+    def requests(self, within_s: float) -> Iterator[NodeRequest]:
+        """Wait for requests, and yield those that have come; none after `within_s`."""
+        if not self._router.is_readable:
+            self._arrivals.poll(round(within_s * 1000))
+        for connection, parts in self._router.receive(_AT_ONCE):
+            request = self._parse(connection, parts)
+            if request is not None:
+                yield request
+            elif (authenticator := self._router.authenticator) is not None:
+                authenticator.dismiss(authenticator.welcome(self._router.descriptor))
+
+    def _parse(self, connection: bytes, parts: list[bytes]) -> NodeRequest | None:
+        try:
+            number, verb, *arguments = unpack(parts)
+        except ValueError:  # those of msgpack and of UTF-8 among them
+            return None
+        if type(number) is not int or type(verb) is not str:
+            return None
+        if (authenticator := self._router.authenticator) is None:
+            return NodeRequest(connection, number, verb, arguments, "")
+        authenticator.welcome(self._router.descriptor)
+        principal = authenticator.principals.by_key[self._router.key]
+        request = NodeRequest(connection, number, verb, arguments, principal.name)
+        if not allowed(principal, Verb.MANAGE if verb in self._for_operators else Verb.TAKE_PART):
+            self.refuse(request, f"{principal.name} has the role {principal.role}, which may not ask for {verb!r:.40}")
+            return None
+        return request
+
+    def answer(self, request: NodeRequest, value: Any) -> None:
+        """Answer a request; an answer that cannot be sent now is dropped, and will be asked for again."""
+        self._router.send(request.connection, [msgpack.packb([request.number, True, value])])
+
+    def refuse(self, request: NodeRequest, sentence: str) -> None:
+        """Answer that it is refused."""
+        self._router.send(request.connection, [msgpack.packb([request.number, False, sentence])])
+
+    def tell(self, connection: bytes, value: Any) -> None:
+        """Send what nobody asked for, or drop it if it cannot be sent now."""
+        self._router.send(connection, [msgpack.packb([0, True, value])])
+
+    def close(self) -> None:
+        """End; answers get a second to leave."""
+        self._router.close()
+
+
+class Caller:
+    """Asks what listens at an endpoint; for one thread.
+
+    Args:
+        endpoint: `tcp://HOST:PORT` or `ipc://PATH`.
+        keys: the listener's public key, and the caller's own; None without keys.
+        max_bytes: the longest message that is taken.
+    """
+
+    def __init__(self, endpoint: str, keys: ClientKeys | None = None, max_bytes: int = 2**24) -> None:
+        self._endpoint, self._keys, self._max_bytes = endpoint, keys, max_bytes
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._number = 0
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        """The socket, to be polled; another one after `reconnect`."""
+        if self._socket is None:
+            self._socket = socket = self._context.socket(zmq.DEALER)
+            for option, value in _OPTIONS.items():
+                socket.set(option, value)
+            socket.set(zmq.MAXMSGSIZE, self._max_bytes)
+            if self._keys is not None:
+                keys = (key.encode() for key in self._keys)
+                socket.curve_serverkey, socket.curve_publickey, socket.curve_secretkey = keys
+            socket.connect(self._endpoint)
+        return self._socket
+
+    def send(self, verb: str, *arguments: Any) -> int:
+        """Send a request, and return its number; without a connection it waits for one, up to ZeroMQ's limit.
+
+        Raises:
+            NoAnswer: when no more can wait.
+        """
+        self._number += 1
+        try:
+            self.socket.send(msgpack.packb([self._number, verb, *arguments]), zmq.NOBLOCK)
+        except zmq.Again:
+            raise NoAnswer(f"{self._endpoint} takes nothing more") from None
+        return self._number
+
+    def receive(self, within_s: float) -> tuple[int, Any] | None:
+        """The number and value of the next answer; None if none has come within this time.
+
+        Raises:
+            Rejected: with the sentence.
+        """
+        if not self.socket.poll(max(0, round(within_s * 1000))):
+            return None
+        number, is_granted, value = unpack(self.socket.recv_multipart())
+        if not is_granted:
+            raise Rejected(value)
+        return number, value
+
+    def ask(self, verb: str, *arguments: Any, within_s: float) -> Any:
+        """Send a request, and return its answer. Late answers to earlier ones are dropped.
+
+        Raises:
+            NoAnswer: none has come within this time; the request is not sent any more if it has not been.
+            Rejected: with the sentence.
+        """
+        until_s = time.monotonic() + within_s
+        number = self.send(verb, *arguments)
+        while (answer := self.receive(until_s - time.monotonic())) is not None:
+            if answer[0] == number:
+                return answer[1]
+        self.reconnect()
+        raise NoAnswer(f"{self._endpoint} has not answered within {within_s:g} s")
+
+    def reconnect(self) -> None:
+        """Drop the connection and all that has not been sent; the next request makes another one."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def close(self) -> None:
+        """End."""
+        self.reconnect()
+        self._context.term()
+
+
+def unpack(parts: list[bytes]) -> list[Any]:
+    """The list that a message of one part holds.
+
+    Raises:
+        ValueError: when it holds something else.
+    """
+    (body,) = parts
+    message = msgpack.unpackb(body, max_ext_len=0)
+    if not isinstance(message, list):
+        raise ValueError("not a list")
+    return message
