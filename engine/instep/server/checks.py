@@ -85,9 +85,9 @@ def settle(findings: Iterable[Finding], log: structlog.stdlib.BoundLogger) -> No
         raise CannotServe("\n".join(problems))
 
 
-def with_all_streams(config: Config, prepared: Sequence[Prepared]) -> Iterator[Finding]:
-    """Warn if memory cannot hold all streams that may be open."""
-    needed, usable = memory_when_full(config, prepared), usable_memory()
+def with_all_streams(config: Config, prepared: Sequence[Prepared], servers: int = 1) -> Iterator[Finding]:
+    """Warn if memory cannot hold all streams that may be open in this number of servers."""
+    needed, usable = servers * memory_when_full(config, prepared), usable_memory()
     if needed > usable:
         what = f"the limits allow {size(needed)}, and {size(usable)} of memory may be used"
         cure = "lower engine.max_streams or limits.window_frames: the server is killed before it reaches them"

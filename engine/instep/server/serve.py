@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import gc
 import json
+import math
 import mmap
 import os
 import re
 import shlex
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -28,6 +30,7 @@ from instep.security.principals import KeysError, Principals
 from instep.server.assembly import make_server
 from instep.server.audit import Audit
 from instep.server.checks import (
+    Finding,
     allow_open_files,
     before_loading,
     files_kept_back,
@@ -38,7 +41,7 @@ from instep.server.log import Threshold, make_log
 from instep.server.models import UNDER_WAY
 from instep.server.preparation import CannotServe, Prepared, prepare
 from instep.server.server import Server
-from instep.server.supervisor import supervise
+from instep.server.supervisor import Child, supervise
 from instep.streaming.tasks import Tasks, in_daemon_thread
 from instep.streaming.warm_up import warm_up
 
@@ -46,11 +49,14 @@ from instep.streaming.warm_up import warm_up
 class ServiceManager:
     """Notifies the service manager at $NOTIFY_SOCKET; without that variable it does nothing.
 
-    Make it before the process forks, because the watchdog watches the process whose id is in $WATCHDOG_PID.
+    Make it before the process forks: the watchdog watches the process whose id is in $WATCHDOG_PID, and all servers
+    that are forked later share it, so that it reports them as one service.
     """
 
-    def __init__(self, environ: Mapping[str, str], log: structlog.stdlib.BoundLogger) -> None:
+    def __init__(self, environ: Mapping[str, str], log: structlog.stdlib.BoundLogger, servers: int = 1) -> None:
         self._log = log
+        self._pinged_s = memoryview(mmap.mmap(-1, 8 * servers)).cast("d")
+        """The time of each server's last ping: 0 until it serves, infinite once it is not waited for."""
         self._is_lost = False
         address = environ.get("NOTIFY_SOCKET", "")
         self._address = "\0" + address[1:] if address.startswith("@") else address  # @ is systemd's for abstract ones
@@ -60,22 +66,30 @@ class ServiceManager:
             with contextlib.suppress(ValueError):
                 self._ping_every_s = int(environ.get("WATCHDOG_USEC", "0")) / 2e6
 
-    def serving(self, status: str) -> None:
-        """Report that the server accepts connections; `systemctl status` shows the text.
+    def serving(self, status: str, number: int = 0) -> None:
+        """Report that a server accepts connections, once all do; `systemctl status` shows the text.
 
-        From here on the event loop pings the watchdog as long as it runs.
+        From here on the watchdog is pinged as long as the event loops of all servers run.
         """
-        self._tell(f"READY=1\nSTATUS={status}")
-        self._ping()
+        self._pinged_s[number] = time.monotonic()
+        if all(self._pinged_s):
+            self._tell(f"READY=1\nSTATUS={status}")
+        self._ping(number)
+
+    def forget(self, number: int) -> None:
+        """Wait no more for a server, which has ended for good."""
+        self._pinged_s[number] = math.inf
 
     def stopping(self) -> None:
         """Report that the server drains."""
         self._tell("STOPPING=1\nSTATUS=draining")
 
-    def _ping(self) -> None:
+    def _ping(self, number: int) -> None:
         if self._ping_every_s > 0:
-            self._tell("WATCHDOG=1")
-            asyncio.get_running_loop().call_later(self._ping_every_s, self._ping)
+            self._pinged_s[number] = now_s = time.monotonic()
+            if now_s - min(self._pinged_s) < 2 * self._ping_every_s:
+                self._tell("WATCHDOG=1")
+            asyncio.get_running_loop().call_later(self._ping_every_s, self._ping, number)
 
     def _tell(self, state: str) -> None:
         if not self._address:
@@ -248,15 +262,62 @@ def _values(config: Config) -> Iterator[tuple[str, Any]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Start:
-    """Options of a start in addition to the configuration."""
+class Launch:
+    """Everything that servers need of the process that has loaded their models and forks them."""
 
+    config: Config
+    prepared: Sequence[Prepared]
+    log: structlog.stdlib.BoundLogger
+    threshold: Threshold
     reread: Callable[[], Config]
-    on_ready: Callable[[str], None]
-    kept: Kept
+    """Reads the configuration again on SIGHUP, and raises ConfigError."""
     service_manager: ServiceManager
     is_supervised: bool
+    """Whether the server is started again when a signal kills it."""
     has_terminal: bool
+    number: int = 0
+    """The number of the server among those that are forked."""
+
+
+@contextlib.contextmanager
+def launching(
+    config: Config,
+    findings: Iterable[Finding],
+    reread: Callable[[], Config] | None = None,
+    *,
+    supervised: bool,
+    servers: int = 1,
+) -> Iterator[Launch]:
+    """Load and compile the models, and everything else that is done once before servers are forked.
+
+    Args:
+        config: the configuration.
+        findings: those of `before_loading`.
+        reread: reads the configuration again on SIGHUP; None to keep the same one.
+        supervised: whether servers are started again when a signal kills them.
+        servers: how many there will be.
+
+    Raises:
+        CannotServe: when they could not start.
+    """
+    threshold = Threshold(config.log.level)
+    audit = Audit(config.audit.file) if config.audit.file is not None else None
+    log = make_log(config.log, threshold, audit)
+    if audit is not None:
+        audit.log = log
+    settle(findings, log)
+    prepared = prepare(config, log, restart=supervised)
+    settle(with_all_streams(config, prepared, servers), log)
+    if not are_cached("instep.core."):
+        log.info("compiling", hint="once on a machine, up to half a minute")
+    warm_up()
+    gc.freeze()  # what is loaded by now stays: collections need not look at it again
+    manager = ServiceManager(os.environ, log, servers)
+    try:
+        yield Launch(config, prepared, log, threshold, reread or (lambda: config), manager, supervised, _has_terminal())
+    finally:
+        if audit is not None:
+            audit.close()
 
 
 def run(
@@ -282,39 +343,40 @@ def run(
         CannotServe: when the server cannot start.
         SystemExit: in the parent of the child, with the child's status.
     """
-    threshold = Threshold(config.log.level)
-    audit = Audit(config.audit.file) if config.audit.file is not None else None
-    log = make_log(config.log, threshold, audit)
-    if audit is not None:
-        audit.log = log
-    settle(before_loading(config, restart=restart), log)
-    prepared = prepare(config, log, restart=restart)
-    settle(with_all_streams(config, prepared), log)
-    if not are_cached("instep.core."):
-        log.info("compiling", hint="once on a machine, up to half a minute")
-    warm_up()
-    gc.freeze()  # what is loaded by now stays: collections need not look at it again
-    manager = ServiceManager(os.environ, log)
-    start = _Start(reread or (lambda: config), on_ready, Kept(), manager, restart, _has_terminal())
-    try:
-        if restart and supervise(log):
-            return _serve_again(config, prepared, log, threshold, start)
-        return asyncio.run(_serve(config, prepared, log, threshold, start))
-    finally:
-        if audit is not None:
-            audit.close()
+    with launching(config, before_loading(config, restart=restart), reread, supervised=restart) as launch:
+        kept, child = Kept(), Child(0, "the server", launch.log)
+        if restart:
+            supervise([child], launch.service_manager.forget)
+        return serve_one(launch, kept, is_again=bool(child.deaths), on_ready=on_ready)
 
 
-def _serve_again(
-    at_start: Config,
-    loaded: Sequence[Prepared],
-    log: structlog.stdlib.BoundLogger,
-    threshold: Threshold,
-    start: _Start,
+def serve_one(
+    launch: Launch,
+    kept: Kept,
+    *,
+    is_again: bool = False,
+    on_ready: Callable[[str], None] = lambda endpoint: None,
 ) -> int:
-    """Serve the models that were in force when the last server died or, if that fails, those of the start."""
-    config, fingerprints, unread, problem = start.kept.laid_over(at_start)
-    threshold.level = config.log.level
+    """Serve in this process until interrupted.
+
+    Args:
+        launch: with the configuration and the log of this server.
+        kept: holds the values of the last reload; the same in each process that serves this after another.
+        is_again: whether a process before this one served it. Then the models are those that were in force at its end
+            or, if that fails, those of the start.
+        on_ready: called with the endpoint once the server answers.
+
+    Returns:
+        As `run`.
+
+    Raises:
+        CannotServe: when the server cannot start.
+    """
+    at_start, log, loaded = launch.config, launch.log, launch.prepared
+    if not is_again:
+        return asyncio.run(_serve(launch, at_start, loaded, kept, on_ready))
+    config, fingerprints, unread, problem = kept.laid_over(at_start)
+    launch.threshold.level = config.log.level
     if changed := [change for _, change in differences(at_start, config)]:
         log.info("reload kept", changed=changed)
     if unread:
@@ -323,22 +385,23 @@ def _serve_again(
     if config.model.folder != at_start.model.folder or (fingerprints or have) != have:
         try:
             prepared = prepare(config, log, restart=True)
-            return asyncio.run(_serve(config, prepared, log, threshold, start, unread, problem))
+            return asyncio.run(_serve(launch, config, prepared, kept, on_ready, unread, problem))
         except CannotServe as error:
             problem = f"models are as at the start: {error}"
             config = _with_values(at_start, _changeable(config))
-    return asyncio.run(_serve(config, loaded, log, threshold, start, unread, problem))
+    return asyncio.run(_serve(launch, config, loaded, kept, on_ready, unread, problem))
 
 
 async def _serve(
+    launch: Launch,
     config: Config,
     prepared: Sequence[Prepared],
-    log: structlog.stdlib.BoundLogger,
-    threshold: Threshold,
-    start: _Start,
+    kept: Kept,
+    on_ready: Callable[[str], None],
     unread: str = "",
     problem: str = "",
 ) -> int:
+    log = launch.log
     allow_open_files(config.limits.max_connections + files_kept_back(config))
     server = make_server(config, prepared, log)
     server.unread, server.loader.problem = unread, problem
@@ -350,20 +413,20 @@ async def _serve(
 
     async def reload_in_turn() -> None:
         async with turn:
-            await reload(server, start.reread, threshold, log, start.kept)
+            await reload(server, launch.reread, launch.threshold, log, kept)
 
     def stop() -> None:
         nonlocal stops
         stops += 1
         if stops == 1:
             log.info("stopping", hint="finishing what was admitted; interrupt again to force")
-            start.service_manager.stopping()
+            launch.service_manager.stopping()
         server.stop(drain=stops == 1)
 
     def hung_up() -> None:
         if stops:
             return  # it ends already, and this is no reason to force it
-        if start.has_terminal and not _has_terminal():
+        if launch.has_terminal and not _has_terminal():
             stop()
         else:
             reloads.start(reload_in_turn())
@@ -374,8 +437,9 @@ async def _serve(
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has SIGHUP
             loop.add_signal_handler(number, call)
     _say_what_is_served(server, prepared, log)
-    start.service_manager.serving(f"serving {', '.join(each.model.name for each in prepared)} at {server.endpoint}")
-    start.on_ready(server.endpoint)
+    names = ", ".join(each.model.name for each in prepared)
+    launch.service_manager.serving(f"serving {names} at {server.endpoint}", launch.number)
+    on_ready(server.endpoint)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     with torch.inference_mode():  # of the loop's thread, once: each short run would be longer by it
         await server.serve()
@@ -386,7 +450,7 @@ async def _serve(
         batches=sum(each.batches_total for each in stats),
         messages_unanswered=server.unanswered_messages,
     )
-    if server.was_crash and start.is_supervised and not stops:
+    if server.was_crash and launch.is_supervised and not stops:
         os.kill(os.getpid(), signal.SIGKILL)  # the supervisor starts the next server only after a death by a signal
     if server.failure is not None:
         return 1

@@ -1,6 +1,6 @@
-"""`instep serve --restart`: a process that restarts the server when a signal has killed it.
+"""The process that restarts servers when a signal has killed them: `instep serve --restart` and `--shards N`.
 
-The supervisor loads and compiles the models, forks the server, and waits. It has no threads and no sockets, so little
+The supervisor loads and compiles the models, forks the servers, and waits. It has no threads and no sockets, so little
 in it can fail, and the next server is a fork with everything loaded.
 """
 
@@ -10,6 +10,9 @@ import os
 import signal
 import time
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Final
 
 import structlog
@@ -20,44 +23,85 @@ MOST_RESTARTS: Final = 5
 WITHIN_S: Final = 60.0
 """The period in which the number of restarts is limited, because more would not help."""
 _FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_COULD_NOT_START: Final = 2
+"""The exit status of `instep serve`."""
 
 
-def supervise(log: structlog.stdlib.BoundLogger) -> bool:
-    """Fork, and return in the child; fork again whenever a signal has killed the child.
+@dataclass(slots=True, eq=False)
+class Child:
+    """A process that is forked, and forked again whenever a signal has killed it or it could not start again."""
 
-    SIGINT, SIGTERM and SIGHUP are passed on to the child, which has its own process group, so that a terminal's Ctrl-C
-    reaches it once. If the supervisor dies, the child gets SIGTERM.
+    number: int
+    name: str
+    """The name for the log, such as `the server`."""
+    log: structlog.stdlib.BoundLogger
+    is_helper: bool = False
+    """Whether it ends once all others have ended, and gets no signals before except SIGHUP."""
+    pid: int = 0
+    status: int | None = None
+    """The exit status, or 128 + N if signal N killed it; None while it is to run."""
+    pause_s: float = 0.0
+    """The time for which the next process waits before it starts."""
+    deaths: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_RESTARTS + 1))
+
+
+def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Child:
+    """Fork all children, and fork again those that are killed by a signal.
+
+    SIGINT, SIGTERM and SIGHUP are passed on to the children, each of which has its own process group, so that a
+    terminal's Ctrl-C reaches it once. If the supervisor dies, the children get SIGTERM. A first child that cannot start
+    ends all.
+
+    Args:
+        children: the processes.
+        given_up: called with the number of a server that has ended and will not be started again.
 
     Returns:
-        In the child: whether another child ran before it.
+        In the child: itself, with the deaths of the processes before it.
 
     Raises:
-        SystemExit: in the supervisor, with the status of the last child, or 128 + N if signal N killed it.
+        SystemExit: in the supervisor when all have ended. The status is that of the only child; of several, 0 if all
+            ended with 0.
     """
     heard = {number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup has SIGHUP
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*heard, signal.SIGCHLD})
-    supervisor = os.getpid()
-    deaths = deque[float](maxlen=MOST_RESTARTS + 1)
-    while True:
-        child = os.fork()
-        if child == 0:
-            _become_server(supervisor)
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            return bool(deaths)
-        status, was_told_to_end = _wait(child, heard)
-        if os.WIFEXITED(status):
-            raise SystemExit(os.WEXITSTATUS(status))
-        number = os.WTERMSIG(status)
-        deaths.append(time.monotonic())
-        gives_up = len(deaths) > MOST_RESTARTS and deaths[-1] - deaths[0] < WITHIN_S
-        reason = f"the server was killed by {signal_name(number)}"
-        if was_told_to_end and number in heard:  # a second one, when the server had drained
-            raise SystemExit(128 + number)
-        if was_told_to_end or gives_up:
-            why = f", {MOST_RESTARTS} restarts within a minute have not helped" if gives_up else ""
-            log.error("failed", reason=reason + why)
-            raise SystemExit(128 + number)
-        log.error("restarting", reason=reason)
+    supervisor, is_ending = os.getpid(), False
+
+    def tell(number: int) -> None:
+        servers = [child for child in children if child.status is None and not child.is_helper]
+        for child in children if number == signal.SIGHUP or not servers else servers:
+            if child.pid:
+                os.kill(child.pid, number)  # it is there until it is waited for
+
+    while any(child.status is None for child in children):
+        for child in children:
+            if child.status is None and not child.pid:
+                child.pid = os.fork()
+                if not child.pid:
+                    _become_server(supervisor)
+                    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                    time.sleep(child.pause_s)
+                    return child
+        number = signal.sigwait({*heard, signal.SIGCHLD})
+        if number != signal.SIGCHLD:
+            is_ending |= number != signal.SIGHUP
+            tell(number)
+        by_pid = {child.pid: child for child in children}
+        for pid, status in _ended():
+            if (ended := by_pid.get(pid)) is not None:
+                _bury(ended, status, is_ending, heard, is_only=len(children) == 1)
+                if ended.status is not None and not ended.is_helper:
+                    given_up(ended.number)
+        failed = any(child.status == _COULD_NOT_START and not child.deaths for child in children)
+        if (failed and not is_ending) or all(child.status is not None or child.is_helper for child in children):
+            is_ending = True
+            tell(signal.SIGTERM)
+            for child in children:
+                child.status = 1 if child.status is None and not child.pid else child.status
+    statuses = {child.status or 0 for child in children} - {0}
+    if len(statuses) > 1:
+        raise SystemExit(_COULD_NOT_START if _COULD_NOT_START in statuses else 1)
+    raise SystemExit(statuses.pop() if statuses else 0)
 
 
 def _become_server(supervisor: int) -> None:
@@ -66,16 +110,39 @@ def _become_server(supervisor: int) -> None:
     end_with_parent(supervisor)
 
 
-def _wait(child: int, heard: set[signal.Signals]) -> tuple[int, bool]:
-    """Pass signals on until the child has ended; return its wait status, and whether it was asked to end."""
-    was_told_to_end = False
-    while True:
-        number = signal.sigwait({*heard, signal.SIGCHLD})
-        if number != signal.SIGCHLD:
-            was_told_to_end |= number != signal.SIGHUP
-            os.kill(child, number)  # it is there until it is waited for
-        ended = -1
-        while ended:  # as the first process of a container it also gets what a server that died leaves behind
-            ended, status = os.waitpid(-1, os.WNOHANG)
-            if ended == child:
-                return status, was_told_to_end
+def _ended() -> Iterator[tuple[int, int]]:
+    """The processes that have ended, with their wait statuses.
+
+    As the first process of a container, the supervisor also gets the processes that a dead server leaves behind.
+    """
+    with suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            yield ended
+
+
+def _bury(child: Child, status: int, is_ending: bool, heard: set[signal.Signals], *, is_only: bool) -> None:
+    """Decide whether a child that has ended is started again: if so, it has neither a status nor a process."""
+    child.pid = 0
+    if os.WIFEXITED(status):
+        code = os.WEXITSTATUS(status)
+        child.pause_s = 2.0 ** (len(child.deaths) - 1)
+        reason = f"{child.name} could not start again"
+        if is_ending or not child.deaths or code != _COULD_NOT_START:
+            child.status = code
+            if not (is_only or is_ending or child.is_helper):
+                child.log.error("not restarted", reason=f"{child.name} ended with status {code}; the others go on")
+            return
+    else:
+        number = os.WTERMSIG(status)
+        code, reason, child.pause_s = 128 + number, f"{child.name} was killed by {signal_name(number)}", 0.0
+        if is_ending and number in heard:  # a second one, when the server had drained
+            child.status = code
+            return
+    child.deaths.append(time.monotonic())
+    gives_up = len(child.deaths) > MOST_RESTARTS and child.deaths[-1] - child.deaths[0] < WITHIN_S
+    if is_ending or gives_up:
+        why = f", {MOST_RESTARTS} restarts within a minute have not helped" if gives_up else ""
+        child.log.error("failed", reason=reason + why)
+        child.status = code if is_only else 1
+    else:
+        child.log.error("restarting", reason=reason)
