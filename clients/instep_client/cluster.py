@@ -1,0 +1,65 @@
+"""Where the shards of a cluster are, as far as a client knows: rules without sockets, clock or event loop."""
+
+from __future__ import annotations
+
+from instep_client.arguments import checked_endpoint
+from instep_client.protocol.errors import ConnectionFailed, InvalidInput, MalformedMessage
+from instep_client.protocol.wire import ShardTable
+
+
+class ShardMap:
+    """The highest term that a client has seen of each shard, and the endpoint of that term's server.
+
+    A client follows no table, and stays with no server, of a lower term: another node has taken the shard over, and the
+    server of the lower term may not have noticed yet.
+    """
+
+    def __init__(self, shards: int) -> None:
+        self.terms = [0] * shards
+        self.endpoints = [""] * shards
+        """The newest endpoint of each shard; empty until one is known."""
+
+    def __len__(self) -> int:
+        return len(self.terms)
+
+    def check_count(self, shards: int) -> None:
+        """Raise ConnectionFailed if the cluster has another number of shards, so that streams are elsewhere."""
+        if shards != len(self):
+            raise ConnectionFailed(
+                f"the cluster had {len(self)} shards when this client connected and has {shards} now: make another "
+                "client"
+            )
+
+    def take(self, table: ShardTable, asked: str = "") -> list[int]:
+        """Learn a table; return the shards whose server is another one now, so that a client must leave the former.
+
+        Args:
+            table: from any server of the cluster, perhaps an old one.
+            asked: the endpoint over which it came, whose host replaces the host `*`.
+
+        Raises:
+            ConnectionFailed: for a table of another number of shards.
+            MalformedMessage: for an endpoint that no server can have.
+        """
+        self.check_count(len(table.endpoints))
+        host = asked.removeprefix("tcp://").rpartition(":")[0] if asked.startswith("tcp://") else "127.0.0.1"
+        moved = []
+        for shard, (term, endpoint) in enumerate(zip(table.terms.tolist(), table.endpoints, strict=True)):
+            if term < self.terms[shard]:
+                continue
+            endpoint = endpoint.replace("tcp://*:", f"tcp://{host}:", 1) or self.endpoints[shard]
+            if term > self.terms[shard] or endpoint != self.endpoints[shard]:
+                try:
+                    self.endpoints[shard] = endpoint and checked_endpoint(endpoint)
+                except InvalidInput as error:
+                    raise MalformedMessage(f"the table of shards is not valid: {error}") from None
+                self.terms[shard] = term
+                moved.append(shard)
+        return moved
+
+    def stays(self, shard: int, term: int, endpoint: str) -> bool:
+        """Learn which server answered at an endpoint; return whether a client may stay with it."""
+        if term < self.terms[shard]:
+            return False
+        self.terms[shard], self.endpoints[shard] = term, endpoint
+        return True
