@@ -62,6 +62,10 @@ async def _ping(client: RawClient, name: str, handle: int) -> Reply:
     return await client.ask(msgpack.packb([Kind.PING, client.next_request()]))
 
 
+async def _shards(client: RawClient, name: str, handle: int) -> Reply:
+    return await client.ask(msgpack.packb([Kind.SHARDS, client.next_request()]))
+
+
 async def _list(client: RawClient, name: str, handle: int) -> Reply:
     reply = await client.ask(msgpack.packb([Kind.LIST, client.next_request(), 0, 1000, 0]), b"")
     assert reply.kind is Kind.LISTED
@@ -71,6 +75,7 @@ async def _list(client: RawClient, name: str, handle: int) -> Reply:
 VERBS: Final[dict[str, Verb]] = {
     "HELLO": _hello,
     "PING": _ping,
+    "SHARDS": _shards,
     "OPEN": _open,
     "FORK": _fork,
     "RESUME": _resume,
@@ -108,7 +113,7 @@ def outcome(verb: str, reply: Reply, name: str) -> Code | None:
         return None if name in reply.frames[0].decode().split("\n") else Code.UNKNOWN_STREAM
     if reply.kind is Kind.ERROR:
         return reply.code
-    return next(iter(reply.codes()), None) if verb not in ("HELLO", "PING") else None
+    return next(iter(reply.codes()), None) if verb not in ("HELLO", "PING", "SHARDS") else None
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])

@@ -13,6 +13,7 @@ import structlog
 import torch
 
 from instep.config import Config
+from instep.frontends.shards import Shard
 from instep.models.base import RecurrentModel
 from instep.models.model import Model
 from instep.models.registry import build
@@ -60,6 +61,7 @@ async def running(
     device: torch.device = CPU,
     folder: Path = Path("model"),
     supervision: Supervision = IN_FORKS,
+    shard: Shard | None = None,
     **sections: dict[str, Any],
 ) -> AsyncIterator[Server]:
     """Serve these models while the block runs; sections as in the configuration file.
@@ -73,12 +75,13 @@ async def running(
         device: where the network is.
         folder: where recordings are told that the model is.
         supervision: how the process that checks is run.
+        shard: the server's place in a cluster.
         sections: keys of the configuration by section.
     """
     settings = config(**sections)
     ready = [replace(prepared(model, device), model=model, model_path=folder) for model in models]
     log = log_into([] if told is None else told)
-    server = make_server(settings, ready, log, stepper, forks=apart, supervision=supervision)
+    server = make_server(settings, ready, log, stepper, forks=apart, supervision=supervision, shard=shard)
     serving = asyncio.create_task(server.serve())
     try:
         yield server

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
+from instep.frontends.shards import Shard
 from instep.streaming.api import Refusal
 from instep.streaming.service import ModelService
 from instep_client.protocol.codes import Code
@@ -40,9 +41,10 @@ class Served:
 
 
 class Models:
-    """The models by name; the first one is the default."""
+    """The models by name; the first one is the default. All are served by one shard."""
 
-    def __init__(self) -> None:
+    def __init__(self, shard: Shard | None = None) -> None:
+        self.shard = shard or Shard()
         self._models: dict[str, Served] = {}
 
     def __iter__(self) -> Iterator[Served]:

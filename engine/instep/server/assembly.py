@@ -14,6 +14,7 @@ from instep.frontends import CannotListen
 from instep.frontends.http.admin import AdminServer, bind
 from instep.frontends.http.security import read_tokens
 from instep.frontends.models import Models
+from instep.frontends.shards import Shard
 from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Router
@@ -45,8 +46,11 @@ def make_server(
     *,
     forks: bool | None = None,
     supervision: Supervision | None = None,
+    shard: Shard | None = None,
 ) -> Server:
     """Make a server that is bound and not yet serving; call it inside the event loop.
+
+    `shard` is its place in a cluster; None for a server on its own.
 
     Tests give `make_stepper` to replace the steppers, `forks` to choose whether steps get a process of their own, and
     `supervision` to run the process that checks in another way.
@@ -56,7 +60,8 @@ def make_server(
     """
     with ExitStack() as undo:
         try:
-            server = _make_server(config, prepared, log, make_stepper, forks, supervision or Supervision(), undo)
+            supervision, models = supervision or Supervision(), Models(shard)
+            server = _make_server(config, prepared, log, make_stepper, forks, supervision, models, undo)
         except (CannotListen, KeysError, RecordingError) as error:
             raise CannotServe(with_advice(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
@@ -72,6 +77,7 @@ def _make_server(
     make_stepper: MakeStepper | None,
     forks: bool | None,
     supervision: Supervision,
+    models: Models,
     undo: ExitStack,
 ) -> Server:
     is_only = len(prepared) == 1
@@ -98,7 +104,6 @@ def _make_server(
     # The loop, the front end and the services, which do not know each other yet.
     shutdown = Shutdown(log)
     loop = Loop(busy_poll_ns(config), shutdown.bug)
-    models = Models()
     frontend = _frontend(config, models, router, loop, log)
     loop.frontends = [frontend]
     services = [
@@ -119,7 +124,7 @@ def _make_server(
     server = Server(config, shutdown, loop, models, log, supervision)
     server.principals = None if keys is None else keys.principals
     for foundation, service, each in zip(foundations, services, planned, strict=True):
-        served = make_served(config, foundation, service)
+        served = make_served(config, foundation, service, models.shard)
         if each.kept_as:
             served.keep_as(each.kept_as)
         server.add(served)

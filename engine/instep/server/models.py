@@ -407,7 +407,7 @@ class Loader:
             undo.callback(writer.discard if recovery is None else writer.abandon)
         if self._shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")
-        served = make_served(config, foundation, service)
+        served = make_served(config, foundation, service, self._server.models.shard)
         if planned.kept_as:
             served.keep_as(planned.kept_as)
         return _Made(served, foundation.stepper, opened)

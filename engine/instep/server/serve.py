@@ -26,6 +26,7 @@ from instep.config import Config, ConfigError, ModelConfig
 from instep.core.compiled import are_cached
 from instep.frontends import CannotListen
 from instep.frontends.http.security import read_tokens
+from instep.frontends.shards import Shard
 from instep.security.principals import KeysError, Principals
 from instep.server.assembly import make_server
 from instep.server.audit import Audit
@@ -277,6 +278,8 @@ class Launch:
     has_terminal: bool
     number: int = 0
     """The number of the server among those that are forked."""
+    shard: Shard | None = None
+    """Its place in a cluster; None for a server on its own."""
 
 
 @contextlib.contextmanager
@@ -403,7 +406,7 @@ async def _serve(
 ) -> int:
     log = launch.log
     allow_open_files(config.limits.max_connections + files_kept_back(config))
-    server = make_server(config, prepared, log)
+    server = make_server(config, prepared, log, shard=launch.shard)
     server.unread, server.loader.problem = unread, problem
     if problem:
         log.error("models not reloaded", reason=problem)

@@ -21,6 +21,7 @@ from instep.core.streams import StreamTable
 from instep.core.tables import Tables, make_tables
 from instep.core.typing import I64, U32, float32_zeros
 from instep.frontends.models import Served
+from instep.frontends.shards import Shard
 from instep.recording.reader import load_open_streams
 from instep.recording.records import OpenStream
 from instep.runtime.executor import Step, StepExecutor, ThreadExecutor, usable_cores
@@ -273,7 +274,7 @@ def _about(config: Config, foundation: Foundation) -> About:
     )
 
 
-def make_served(config: Config, foundation: Foundation, service: ModelService) -> Served:
+def make_served(config: Config, foundation: Foundation, service: ModelService, shard: Shard) -> Served:
     """The view of a service for its connections."""
     prepared, limits, about = foundation.prepared, foundation.limits, service.about
     network = prepared.network
@@ -297,6 +298,9 @@ def make_served(config: Config, foundation: Foundation, service: ModelService) -
         window_frames=config.limits.window_frames,
         durability=about.durability,
         park_s=config.limits.park_s,
+        shard=shard.number,
+        shards=shard.count,
+        term=shard.term,
         output_names=prepared.model.output_names,
     )
     return Served(service, info)

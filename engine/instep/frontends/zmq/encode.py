@@ -56,14 +56,15 @@ def granted(kind: Kind, request: int, grants: Grants, durability: str) -> Messag
     return [header, entries.tobytes(), refused.tobytes()]
 
 
-def state_read(request: int, read: StatesRead) -> Message:
+def state_read(request: int, read: StatesRead, expected_seqs: I64 | None = None) -> Message:
     """STATE_READ."""
-    return _by_stream(Kind.STATE_READ, request, read.codes, read.next_seqs.tobytes(), read.states.tobytes())
+    frames = read.next_seqs.tobytes(), read.states.tobytes()
+    return _by_stream(Kind.STATE_READ, request, read.codes, *frames, expected_seqs=expected_seqs)
 
 
-def changed(request: int, codes: I32) -> Message:
+def changed(request: int, codes: I32, expected_seqs: I64 | None = None) -> Message:
     """CHANGED: the states that were not written, with codes."""
-    return _by_stream(Kind.CHANGED, request, codes)
+    return _by_stream(Kind.CHANGED, request, codes, expected_seqs=expected_seqs)
 
 
 def closed(request: int, states: U8, codes: I32) -> Message:
@@ -71,9 +72,9 @@ def closed(request: int, states: U8, codes: I32) -> Message:
     return _by_stream(Kind.CLOSED, request, codes, states.tobytes())
 
 
-def _by_stream(kind: Kind, request: int, codes: I32, *frames: bytes) -> Message:
+def _by_stream(kind: Kind, request: int, codes: I32, *frames: bytes, expected_seqs: I64 | None = None) -> Message:
     """A reply with these frames, followed by the refused streams of the request, by code."""
-    refused = _failures(codes)
+    refused = _failures(codes, None, expected_seqs)
     return [wire.pack_header(kind, request, len(codes), _sentences(refused)), *frames, refused.tobytes()]
 
 

@@ -77,7 +77,7 @@ class ZmqFrontend:
     def added(self, served: Served) -> None:
         info = served.info
         decoder = Decoder(info.features, info.state, info.max_block_frames, info.max_message_bytes)
-        self._requests_of[served] = Requests(served, decoder)
+        self._requests_of[served] = Requests(served, decoder, self._models.shard)
 
     def removed(self, served: Served, reason: str) -> None:
         self._end([peer for peer in self._outbound.peers() if peer.served is served], reason)
@@ -250,7 +250,7 @@ class ZmqFrontend:
 
     def _reply_at_once(self, peer: Peer, header: Header, parts: list[bytes], now_ns: int) -> None:
         served = peer.served
-        if header.kind in (Kind.LIST, Kind.STATS, Kind.MODELS):
+        if header.kind in (Kind.LIST, Kind.STATS, Kind.MODELS, Kind.SHARDS):
             self._check_unread(peer)
         match header.kind:
             case Kind.HELLO:
@@ -280,6 +280,9 @@ class ZmqFrontend:
                 may_use = self._may_use(peer.principal)
                 models = {each.service.name: each.summary() for each in self._models if may_use(each.service.name)}
                 self._outbound.send(peer, encode.served(header.request, models))
+            case Kind.SHARDS:
+                table = self._models.shard.table_or_own(self._router.endpoint)
+                self._outbound.send(peer, table.pack(header.request))
             case _:
                 raise MalformedMessage(f"{header.kind.name} is a message of the server's")
 

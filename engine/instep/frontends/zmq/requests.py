@@ -11,13 +11,14 @@ import numpy as np
 
 from instep.core.typing import I32
 from instep.frontends.models import Served
+from instep.frontends.shards import Shard
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.decode import Decoder
 from instep.frontends.zmq.peers import Peer
 from instep.security.policy import Verb, looked_up
 from instep.streaming.operations import StreamOperations
 from instep_client.protocol import wire
-from instep_client.protocol.wire import Header, Kind, Message
+from instep_client.protocol.wire import Code, Header, Kind, Message
 
 Answer: TypeAlias = Callable[[], Awaitable[tuple[I32, Message]]]
 """Carries out a request on N streams; returns codes of refusals, int32 [N], and the reply."""
@@ -29,6 +30,7 @@ class Requests:
 
     served: Served
     decoder: Decoder
+    shard: Shard
 
     @property
     def _operations(self) -> StreamOperations:
@@ -43,6 +45,7 @@ class Requests:
         self.served.refuse_what_is_new()
         codes = self.decoder.name_codes(names, peer.principal)
         codes[codes == 0] = self.decoder.state_codes(states, count)[codes == 0]
+        codes[self.shard.are_foreign(names)] = Code.WRONG_SHARD
         good = np.flatnonzero(codes == 0)
 
         async def answer() -> tuple[I32, Message]:
@@ -53,6 +56,7 @@ class Requests:
                 None if first_seqs is None else first_seqs[good],
             )
             granted = opened.spread(codes)
+            self.shard.redirect(names, granted.codes, granted.expected_seqs)
             return granted.codes, encode.granted(Kind.OPENED, header.request, granted, self.served.info.durability)
 
         return answer
@@ -61,12 +65,14 @@ class Requests:
         """Decode RESUME."""
         count = self.decoder.count(header.fields[0])
         take_over = bool(wire.count_field(header.fields[1], "take_over", 1, at_least=0))
-        names = looked_up(peer.principal, Verb.RESUME, wire.unpack_names(parts[1], count))
+        names = wire.unpack_names(parts[1], count)
+        looked = looked_up(peer.principal, Verb.RESUME, names)
         claims = wire.array_frame(parts[2], wire.CLAIM, (count,), "claims")
         self.served.refuse_what_is_new()
 
         async def answer() -> tuple[I32, Message]:
-            resumed = await self._operations.resume(peer, names, claims["have"], claims["epoch"], take_over)
+            resumed = await self._operations.resume(peer, looked, claims["have"], claims["epoch"], take_over)
+            self.shard.redirect(names, resumed.codes, resumed.expected_seqs)
             return resumed.codes, encode.granted(Kind.RESUMED, header.request, resumed, self.served.info.durability)
 
         return answer
@@ -74,16 +80,19 @@ class Requests:
     def read_state(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """Decode READ_STATE."""
         count = self.decoder.count_with_states(header.fields[0])
+        names, expected_seqs = [], np.zeros(count, np.int64)
         if wire.count_field(header.fields[1], "by_name", 1, at_least=0):
-            names = looked_up(peer.principal, Verb.READ_STATE, wire.unpack_names(parts[1], count))
-            read_states = partial(self._operations.read_states, names)
+            names = wire.unpack_names(parts[1], count)
+            read_states = partial(self._operations.read_states, looked_up(peer.principal, Verb.READ_STATE, names))
         else:
             handles = self.decoder.handles(parts[1], count)
             read_states = partial(self._operations.read_own_states, peer, handles)
 
         async def answer() -> tuple[I32, Message]:
             read = await read_states()
-            return read.codes, encode.state_read(header.request, read)
+            if names:
+                self.shard.redirect(names, read.codes, expected_seqs)
+            return read.codes, encode.state_read(header.request, read, expected_seqs)
 
         return answer
 
@@ -108,9 +117,11 @@ class Requests:
         handles = self.decoder.handles(parts[1], count)
         self.served.refuse_what_is_new()
         refused = self.decoder.name_codes(names, peer.principal)
+        refused[self.shard.are_foreign(names)] = Code.WRONG_SHARD
 
         async def answer() -> tuple[I32, Message]:
             forked = await self._operations.fork(peer, handles, names, refused)
+            self.shard.redirect(names, forked.codes, forked.expected_seqs)
             return forked.codes, encode.granted(Kind.OPENED, header.request, forked, self.served.info.durability)
 
         return answer
@@ -130,11 +141,13 @@ class Requests:
         """Decode REMOVE."""
         count = self.decoder.count(header.fields[0])
         park = bool(wire.count_field(header.fields[1], "park", 1, at_least=0))
-        names = looked_up(peer.principal, Verb.REMOVE, wire.unpack_names(parts[1], count))
+        names, expected_seqs = wire.unpack_names(parts[1], count), np.zeros(count, np.int64)
+        looked = looked_up(peer.principal, Verb.REMOVE, names)
 
         async def answer() -> tuple[I32, Message]:
-            codes = await self._operations.remove(names, park=park)
-            return codes, encode.changed(header.request, codes)
+            codes = await self._operations.remove(looked, park=park)
+            self.shard.redirect(names, codes, expected_seqs)
+            return codes, encode.changed(header.request, codes, expected_seqs)
 
         return answer
 

@@ -1,0 +1,52 @@
+"""A server's place among the shards of a cluster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from instep.core.typing import I32, I64, Bool
+from instep_client.protocol.codes import Code
+from instep_client.protocol.wire import ShardTable, shard_of
+
+
+def for_table(endpoint: str) -> str:
+    """The endpoint as a table has it: one at all addresses of a machine is at the host by which a client asked."""
+    return re.sub(r"//(0\.0\.0\.0|\[::\]):", "//*:", endpoint)
+
+
+@dataclass(slots=True)
+class Shard:
+    """The shard that a server is; by default it is the only one."""
+
+    number: int = 0
+    count: int = 1
+    term: int = 0
+    """The number of this server among those that the shard has had on any node; 0 without a directory."""
+    table: ShardTable | None = None
+    """Where all shards are served. It may be replaced while the server runs, and is None where nothing is known."""
+
+    def table_or_own(self, endpoint: str) -> ShardTable:
+        """The table; where nothing is known, one that has this server, at `endpoint`, and no other."""
+        if self.table is not None:
+            return self.table
+        terms, endpoints = np.zeros(self.count, np.uint64), [""] * self.count
+        terms[self.number], endpoints[self.number] = self.term, for_table(endpoint)
+        return ShardTable(terms, tuple(endpoints))
+
+    def are_foreign(self, names: Sequence[str]) -> Bool:
+        """Bool [N]: which names belong to other shards."""
+        if self.count == 1:
+            return np.zeros(len(names), np.bool_)
+        return np.array([shard_of(name, self.count) != self.number for name in names], np.bool_)
+
+    def redirect(self, names: Sequence[str], codes: I32, expected_seqs: I64) -> None:
+        """Refuse unknown streams whose names belong to other shards with WRONG_SHARD and the number of that shard."""
+        if self.count == 1:
+            return
+        for index in np.flatnonzero((codes == Code.UNKNOWN_STREAM) | (codes == Code.WRONG_SHARD)).tolist():
+            if (shard := shard_of(names[index], self.count)) != self.number:
+                codes[index], expected_seqs[index] = Code.WRONG_SHARD, shard
