@@ -1,0 +1,502 @@
+"""Which node serves each shard, and which node has its copy: rules without sockets, clocks or files.
+
+A shard has a server and at most one copy, on another node. The copy counts from when the directory has stored that it
+is whole until the directory has stored that it does not count any more. In between, the server answers nothing that
+its copy does not have. So either of the two nodes can continue alone, and no other node can.
+
+Each method that changes something stores the change first. If that fails, nothing is changed, and the caller gets the
+exception of the store.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import InitVar, dataclass, field
+from math import inf
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from instep_client.protocol.wire import ShardTable
+
+MAX_AVOID_S: Final = 60.0
+"""A node on which copies fail is given the next one after 1, 2, 4, … seconds, and after this long at most."""
+
+
+class ClusterRefused(Exception):
+    """An agent or an operator asked for something that cannot be done; the message is a sentence.
+
+    Attributes:
+        code: the reason, as `NODE_AWAY`.
+    """
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code
+
+
+class Assignment(NamedTuple):
+    """What the directory stores of one shard."""
+
+    term: int = 0
+    """Rises with each new server; 0 before the first."""
+    server: str = ""
+    """The node that serves the shard."""
+    copy: str = ""
+    """The node whose copy counts."""
+    joining: str = ""
+    """The node whose copy is being made; it counts once it is whole."""
+    attempt: int = 0
+    """The number of the newest attempt to give the shard a copy."""
+    target: str = ""
+    """The node that the shard is being moved to."""
+    begun: bool = False
+    """Whether the shard has had a recording. If so, nobody creates another one."""
+    numerics: str = ""
+    """The arithmetic of the nodes that may serve the shard."""
+    event: str = ""
+    """The last change, in words."""
+
+
+class ShardRole(NamedTuple):
+    """What a node is to be for one shard: its server, or the node that has its copy."""
+
+    shard: int
+    term: int
+    is_server: bool
+    other: str
+    """The node with the copy, or with the copy that is being made; empty if there is none."""
+    address: str
+    """Where that node takes copies; empty while the directory has not heard it."""
+    counts: bool
+    """Whether that copy counts."""
+    ends: bool
+    """Whether the server is to end in order, because its copy takes its place."""
+    attempt: int
+    begun: bool
+    """If not, this is the first server of the shard, which creates the recording. Otherwise the recording must exist:
+    a node that does not have it says `gone`, and starts no server."""
+    needs_copy: bool
+    """Whether the server answers nothing while no copy counts."""
+
+
+class ShardStatus(NamedTuple):
+    """One shard, for people."""
+
+    assignment: Assignment
+    endpoint: str
+    """Empty while nobody serves the shard."""
+    alone_s: float
+    """Seconds for which this directory has known no copy that counts; 0 if one does, or none is wanted."""
+    problem: str
+    """Why the shard is not served, and what helps; empty if it is."""
+
+
+class NodeReport(NamedTuple):
+    """What an agent says of its node. It is not stored: agents say it again."""
+
+    name: str
+    address: str
+    """Where the node takes copies."""
+    version: str = ""
+    """Has to be equal on all nodes."""
+    numerics: str = ""
+    """The arithmetic of the node: nodes of the same compute the same bits."""
+    has: Mapping[int, tuple[int, int]] = {}
+    """The recordings that the agent found when it looked last: term and position, by shard."""
+
+
+@dataclass
+class ClusterNode:
+    """A node that was heard."""
+
+    report: NodeReport
+    heard_at: float
+    failures: int = 0
+    """Copies there that failed since one was whole."""
+    avoid_until: float = 0.0
+
+
+@dataclass
+class Assignments:
+    """The server and the copy of each shard.
+
+    `store` keeps a row under a key for good; `stored` is all that it has kept.
+
+    Raises:
+        ClusterRefused: the store is of another number of shards.
+    """
+
+    count: int
+    store: Callable[[str, Mapping[str, Any]], None]
+    stored: InitVar[Mapping[str, Mapping[str, Any]]]
+    copies: int = 1
+    """0 or 1."""
+    dead_s: float = 3.0
+    """A node that was not heard for so long is lost."""
+    min_nodes: int = 1
+    """The first servers are chosen when this number of nodes is there."""
+    needs_copy: bool = False
+    accept_numerics_change: bool = False
+    adopt: Collection[str] = ()
+    """After the store was lost, all nodes that have recordings: nothing is decided before all have been heard."""
+    version: int = 0
+    """Rises with each change that concerns an agent or a client."""
+    nodes: dict[str, ClusterNode] = field(default_factory=dict)
+    _now: float = 0.0
+    _decided_at: float = -inf
+    _patient_until: float = 0.0
+    _endpoints: dict[int, tuple[int, str]] = field(default_factory=dict)
+    _gone: set[tuple[int, int]] = field(default_factory=set)
+    _alone_since: dict[int, float] = field(default_factory=dict)
+    _roles: tuple[int, dict[str, list[ShardRole]]] = (-1, {})
+
+    def __post_init__(self, stored: Mapping[str, Mapping[str, Any]]) -> None:
+        count = stored.get("cluster", {}).get("shards", self.count)
+        if count != self.count:
+            raise ClusterRefused("OTHER_SHARDS", f"the store is of a cluster of {count} shards, not {self.count}")
+        if "cluster" not in stored:
+            self.store("cluster", {"shards": count})
+        self.shards = [Assignment(**stored.get(f"shard-{shard}", {})) for shard in range(count)]
+        self.drained = frozenset[str](stored.get("drained", {}).get("nodes", ()))
+
+    # What agents say.
+
+    def heard(self, report: NodeReport, now: float) -> None:
+        """The agent of a node is alive.
+
+        Raises:
+            ClusterRefused: the node may not take part.
+        """
+        self._now, (name, address, version, _, has) = now, report
+        node = self.nodes.get(name)
+        if node is not None and node.report.address != address and self.is_alive(name):
+            raise ClusterRefused("NAME_TAKEN", f"{name} is the node at {node.report.address}, and not at {address}")
+        for other, them in self.nodes.items():
+            if other != name and version != them.report.version and self.is_alive(other):
+                raise ClusterRefused("OTHER_VERSION", f"{name} has {version}, and {other} {them.report.version}")
+        for shard, (term, _) in has.items():
+            if term > self._of(shard).term > 0:
+                raise ClusterRefused("OLD_STORE", f"{name} has term {term} of shard {shard}: the store is an old one")
+        if node is None:
+            node = self.nodes[name] = ClusterNode(report, now)
+            self.version += 1
+        self.version += node.report.address != address
+        node.report, node.heard_at = report, now
+
+    def serves(self, shard: int, term: int, node: str, endpoint: str) -> None:
+        """A server listens at `endpoint`."""
+        view = self.shards[shard]
+        if (view.term, view.server) == (term, node) and self._endpoints.get(shard) != (term, endpoint):
+            self._endpoints[shard] = (term, endpoint)
+            self.version += 1
+
+    def ended(self, shard: int, term: int) -> None:
+        """The server has ended in order; said until the node's role is another one."""
+        view = self.shards[shard]
+        if view.term == term and view.target and view.copy == view.target and self.is_alive(view.copy):
+            self._begin_term(shard, view.copy, f"moved from {view.server}")
+
+    def gone(self, shard: int, term: int) -> None:
+        """The node that is to serve a shard does not have its recording; said until its role is another one."""
+        view = self.shards[shard]
+        if view.term != term or not view.begun:
+            return
+        if self._can_take_over(view):
+            self._begin_term(shard, view.copy, f"taken over from {view.server}, which lost its recording")
+        else:
+            self._gone.add((shard, term))
+
+    # What servers ask.
+
+    def begins(self, shard: int, term: int, node: str) -> ShardRole | None:
+        """The role of a server that has its recording and has not answered anything yet; None if its term is over.
+
+        Messages of an earlier process about its copy may still be on their way, so the attempt gets another number.
+        """
+        view = self.shards[shard]
+        if (view.term, view.server) != (term, node):
+            return None
+        if view.copy or view.joining or not view.begun:
+            self._change(shard, "begun", joining="", attempt=view.attempt + 1, begun=True)
+        self._gone.discard((shard, term))
+        return self._server_role(shard)
+
+    def attached(self, shard: int, term: int, attempt: int) -> bool:
+        """Whether the copy of this attempt, which is whole, counts from now on.
+
+        If not, the server has to wait for another role; one that has not answered anything yet asks `begins` again.
+        """
+        view = self.shards[shard]
+        if (view.term, view.attempt) != (term, attempt) or not (view.joining or view.copy):
+            return False
+        if view.joining:
+            self._change(shard, f"copied to {view.joining}", copy=view.joining, joining="")
+        if node := self.nodes.get(self.shards[shard].copy):
+            node.failures, node.avoid_until = 0, 0.0
+        return True
+
+    def dropped(self, shard: int, term: int, attempt: int) -> bool:
+        """Whether a server that has lost its copy of this attempt may continue without; if not, its term is over."""
+        view = self.shards[shard]
+        if view.term != term:
+            return False
+        other = view.copy or view.joining
+        if other and view.attempt == attempt:
+            target = "" if other == view.target else view.target
+            self._change(shard, f"lost the copy on {other}", copy="", joining="", target=target)
+            if node := self.nodes.get(other):
+                node.avoid_until = self._now + min(2.0**node.failures, MAX_AVOID_S)
+                node.failures += 1
+        return not self.shards[shard].copy
+
+    def behind(self, shard: int, term: int, attempt: int) -> bool:
+        """Whether the copy that counts, which has more than the server, takes its place; the server ends anyway."""
+        view = self.shards[shard]
+        if (view.term, view.attempt) != (term, attempt) or not self._can_take_over(view):
+            return False
+        self._begin_term(shard, view.copy, f"taken over from {view.server}, which had less than its copy")
+        return True
+
+    # What operators ask.
+
+    def move(self, shard: int, node: str) -> None:
+        """Make another node the server: it gets the copy, the server ends in order, and the copy takes its place.
+
+        Raises:
+            ClusterRefused: that is not possible now.
+        """
+        view = self._of(shard)
+        self._check_may_serve(node, shard)
+        if view.server == node:
+            raise ClusterRefused("NOT_NEEDED", f"{node} serves shard {shard} already")
+        if not self.is_alive(view.server):
+            raise ClusterRefused("NODE_AWAY", f"{view.server}, which serves shard {shard}, is lost")
+        if view.target:
+            raise ClusterRefused("BUSY", f"shard {shard} is being moved to {view.target}")
+        self._change(shard, f"moves to {node}", target=node)
+
+    def drain(self, node: str) -> None:
+        """Move everything away from a node, one shard after another, and give it nothing new.
+
+        Raises:
+            ClusterRefused: there is no such node.
+        """
+        if node not in self.nodes:
+            raise ClusterRefused("UNKNOWN_NODE", f"the directory has not heard of {node}")
+        self._drain(self.drained | {node})
+
+    def undrain(self, node: str) -> None:
+        """Use a node again.
+
+        Raises:
+            ClusterRefused: it is not drained.
+        """
+        if node not in self.drained:
+            raise ClusterRefused("NOT_NEEDED", f"{node} is not drained")
+        self._drain(self.drained - {node})
+
+    def accept_loss(self, shard: int, node: str) -> None:
+        """Make an older copy of a lost shard its recording; without any, `node` begins the shard anew.
+
+        Raises:
+            ClusterRefused: the shard is not lost, or another node has more of it.
+        """
+        view = self._of(shard)
+        self._check_may_serve(node, shard)
+        if self.is_alive(view.server) and (shard, view.term) not in self._gone:
+            raise ClusterRefused("NOT_NEEDED", f"{view.server} has shard {shard}")
+        if self._can_take_over(view):
+            raise ClusterRefused("NOT_NEEDED", f"{view.copy} has all of shard {shard} and takes it over")
+        newest, best = self._newest(shard, filter(self.is_alive, self.nodes))
+        has = self.nodes[node].report.has
+        if has.get(shard, (0, 0)) < newest:
+            raise ClusterRefused("OLDER", f"{best} has more of shard {shard} than {node}")
+        self._begin_term(shard, node, "given up what was lost", begun=shard in has)
+
+    # What the directory decides.
+
+    def is_alive(self, node: str) -> bool:
+        """Whether the node was heard in time."""
+        return node in self.nodes and self._now - self.nodes[node].heard_at <= self.dead_s
+
+    def decide(self, now: float) -> None:
+        """One round of decisions; to be called several times in `dead_s`."""
+        self._now = now
+        if now - self._decided_at > self.dead_s / 2:
+            self._patient_until = now + self.dead_s  # at a start, and after a pause: nobody was heard meanwhile
+        self._decided_at = now
+        is_new = not any(view.term for view in self.shards)
+        has_recordings = is_new and any(node.report.has for node in self.nodes.values())
+        if now < self._patient_until or not self.nodes.keys() >= {*self.adopt} or (has_recordings and not self.adopt):
+            return
+        fit = sorted(name for name in self.nodes if self.is_alive(name) and name not in self.drained)
+        steady = [name for name in fit if self.nodes[name].avoid_until <= now]
+        servers = Counter(view.server for view in self.shards)
+        copies = Counter(view.copy or view.joining for view in self.shards)
+        for shard, view in enumerate(self.shards):
+            if view.term:
+                self._keep(shard, steady, copies)
+            else:
+                self._place(shard, fit, servers)
+        if not any(view.joining or view.target for view in self.shards):
+            self._balance(steady, servers, copies)
+
+    def _place(self, shard: int, fit: list[str], servers: Counter[str]) -> None:
+        """Give a shard its first server; with `adopt`, that is the node with its newest recording."""
+        (term, _), node = self._newest(shard, self.nodes) if self.adopt else ((0, 0), "")
+        if not node and len(fit) >= max(1, self.min_nodes):
+            node = min(fit, key=lambda name: servers[name])
+        if node:
+            self._begin_term(shard, node, "adopted" if term else "placed", term + 1, begun=bool(self.adopt))
+            servers[node] += 1
+
+    def _keep(self, shard: int, steady: list[str], copies: Counter[str]) -> None:
+        """See to it that a shard has a server and a copy."""
+        view = self.shards[shard]
+        if view.joining and not self.is_alive(view.joining):
+            view = self._change(shard, f"gave up the copy on {view.joining}, which is lost", joining="")
+        if view.target and not self.is_alive(view.target):
+            view = self._change(shard, f"gave up the move to {view.target}, which is lost", target="")
+        if not self.is_alive(view.server):
+            if self._can_take_over(view):
+                self._begin_term(shard, view.copy, f"taken over from {view.server}, which is lost")
+        elif view.target and view.target not in (view.copy, view.joining):
+            self._join(shard, view.target, copies)
+        elif self.copies and not view.copy and not view.joining:
+            others = [name for name in steady if name != view.server]
+            if others:  # preferably one that could serve the shard
+                self._join(shard, min(others, key=lambda to: (not self._may_serve(to, view), copies[to])), copies)
+        elif not self.copies and view.copy and not view.target:
+            self._change(shard, "needs no copy", copy="", attempt=view.attempt + 1)
+
+    def _balance(self, steady: list[str], servers: Counter[str], copies: Counter[str]) -> None:
+        """Move one server or one copy: away from a drained node, or to a node that has at least two fewer."""
+        for is_server, counts in ((True, servers), (False, copies)):
+            least = min((counts[name] for name in steady), default=0)
+            holders = [view.server if is_server else view.copy for view in self.shards]
+            for shard in sorted(range(self.count), key=lambda shard: holders[shard] not in self.drained):
+                view, holder = self.shards[shard], holders[shard]
+                most = self.count + 1 if holder in self.drained else counts[holder] - 1
+                if most <= least or not self.is_alive(view.server) or not self.is_alive(holder):
+                    continue
+                to = [name for name in steady if counts[name] < most and name not in (holder, view.server)]
+                serving = [name for name in to if self._may_serve(name, view)]
+                if is_server and serving:
+                    node = view.copy if view.copy in serving else min(serving, key=lambda name: counts[name])
+                    self._change(shard, f"moves to {node}", target=node)
+                    return
+                to = to if holder in self.drained or not self._may_serve(holder, view) else []
+                if not is_server and (serving or to):
+                    self._join(shard, min(serving or to, key=lambda name: counts[name]), copies)
+                    return
+
+    def _may_serve(self, node: str, view: Assignment) -> bool:
+        """Whether the node computes the same bits as the shard's servers so far."""
+        same = not view.numerics or self.nodes[node].report.numerics == view.numerics
+        return same or self.accept_numerics_change
+
+    def _can_take_over(self, view: Assignment) -> bool:
+        return self.is_alive(view.copy) and self._may_serve(view.copy, view)
+
+    def _newest(self, shard: int, names: Iterable[str]) -> tuple[tuple[int, int], str]:
+        """The highest term and position of a recording, and the node that has it."""
+        found = ((self.nodes[name].report.has.get(shard, (0, 0)), name) for name in names)
+        return max((each for each in found if each[0] > (0, 0)), default=((0, 0), ""))
+
+    # Changes.
+
+    def _change(self, shard: int, event: str, **changes: Any) -> Assignment:
+        view = self.shards[shard]._replace(event=event, **changes)
+        self.store(f"shard-{shard}", view._asdict())  # nothing is changed if this fails
+        self.shards[shard] = view
+        self.version += 1
+        if view.copy:
+            self._alone_since.pop(shard, None)
+        else:
+            self._alone_since.setdefault(shard, self._now)
+        return view
+
+    def _join(self, shard: int, node: str, copies: Counter[str]) -> None:
+        view = self.shards[shard]
+        self._change(shard, f"is copied to {node}", copy="", joining=node, attempt=view.attempt + 1)
+        copies.update({node: 1, view.copy or view.joining: -1})
+
+    def _begin_term(self, shard: int, node: str, event: str, term: int = 0, *, begun: bool = True) -> None:
+        term = term or self.shards[shard].term + 1
+        numerics = self.nodes[node].report.numerics
+        self._change(
+            shard, event, term=term, server=node, copy="", joining="", target="", begun=begun, numerics=numerics
+        )
+
+    def _drain(self, nodes: frozenset[str]) -> None:
+        self.store("drained", {"nodes": sorted(nodes)})
+        self.drained = nodes
+
+    def _of(self, shard: int) -> Assignment:
+        if not 0 <= shard < self.count:
+            raise ClusterRefused("UNKNOWN_SHARD", f"there is no shard {shard}: the cluster has 0 to {self.count - 1}")
+        return self.shards[shard]
+
+    def _check_may_serve(self, node: str, shard: int) -> None:
+        if not self.is_alive(node):
+            raise ClusterRefused("NODE_AWAY", f"{node} was not heard in the last {self.dead_s:g} s")
+        if not self._may_serve(node, self.shards[shard]):
+            sentence = f"{node} computes other bits than shard {shard} has (cluster.accept_numerics_change allows that)"
+            raise ClusterRefused("OTHER_NUMERICS", sentence)
+
+    # What the directory says.
+
+    def roles(self, node: str) -> list[ShardRole]:
+        """All that a node is to be."""
+        version, roles = self._roles
+        if version != self.version:
+            roles = {}
+            for role in (self._server_role(shard) for shard in range(self.count)):
+                if role.term:
+                    roles.setdefault(self.shards[role.shard].server, []).append(role)
+                if role.other:
+                    copy = role._replace(is_server=False, other="", address="", ends=False)
+                    roles.setdefault(role.other, []).append(copy)
+            self._roles = (self.version, roles)
+        return roles.get(node, [])
+
+    def _server_role(self, shard: int) -> ShardRole:
+        term, _, copy, joining, attempt, target, begun, *_ = self.shards[shard]
+        other = copy or joining
+        address = self.nodes[other].report.address if other in self.nodes else ""
+        ends = bool(target) and copy == target
+        return ShardRole(shard, term, True, other, address, bool(copy), ends, attempt, begun, self.needs_copy)
+
+    def table(self) -> ShardTable:
+        """Where clients find the shards; no endpoint while nobody serves one."""
+        terms = np.array([view.term for view in self.shards], np.uint64)
+        return ShardTable(terms, tuple(self._endpoint(shard) for shard in range(self.count)))
+
+    def _endpoint(self, shard: int) -> str:
+        term, endpoint = self._endpoints.get(shard, (0, ""))
+        return endpoint if term == self.shards[shard].term else ""
+
+    def status(self) -> list[ShardStatus]:
+        """Each shard, for people."""
+        found = []
+        for shard, view in enumerate(self.shards):
+            is_alone = view.term and self.copies and not view.copy
+            alone_s = self._now - self._alone_since.setdefault(shard, self._now) if is_alone else 0.0
+            found.append(ShardStatus(view, self._endpoint(shard), alone_s, self._problem(shard)))
+        return found
+
+    def _problem(self, shard: int) -> str:
+        view = self.shards[shard]
+        if not view.term and any(node.report.has for node in self.nodes.values()):
+            return "nodes have recordings, and the directory's store is empty: start it with --adopt NODE,…"
+        if not view.term:
+            return f"the cluster begins when {self.min_nodes} nodes are there"
+        if (shard, view.term) in self._gone:
+            return f"{view.server} has lost its recording: bring {view.copy or 'it'} back, or use accept-loss"
+        if self.is_alive(view.server):
+            return "" if self._endpoint(shard) else f"starts on {view.server}"
+        if self.is_alive(view.copy) and not self._may_serve(view.copy, view):
+            return f"waits for {view.server}: {view.copy}, which has its copy, computes other bits"
+        return f"waits for {view.server}" + (f" or {view.copy}" if view.copy else "")
