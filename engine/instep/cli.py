@@ -341,7 +341,6 @@ def show_key(file: Annotated[Path, typer.Argument(metavar="FILE", help="NAME.key
 
     The line is that of a producer that may use the streams NAME and NAME-*.
     """
-    from instep.security.keys import check_name
     from instep_client.key_files import read_key_pair, read_public_key
 
     if file.suffix == ".key_secret":
@@ -349,7 +348,6 @@ def show_key(file: Annotated[Path, typer.Argument(metavar="FILE", help="NAME.key
         typer.echo(f"transport: {{key_file: {jsonlib.dumps(str(file.resolve()))}, peers_file: peers.yaml}}")
         return
     name = file.stem
-    check_name(name)
     typer.echo(f'"{name}": {{key: "{read_public_key(file)}", role: producer, streams: ["{name}", "{name}-*"]}}')
 
 
@@ -406,9 +404,8 @@ def _users_errors() -> tuple[type[Exception], ...]:
     from instep.models.errors import ModelError
     from instep.recording.errors import RecordingError
     from instep.replay.report import CannotVerify
-    from instep.security.principals import KeysError
     from instep.server.checks import CannotServe
     from instep_client.protocol.errors import InstepError
     from instep_tools.problems import CommandProblem
 
-    return CannotServe, CannotVerify, CommandProblem, ConfigError, InstepError, KeysError, ModelError, RecordingError
+    return CannotServe, CannotVerify, CommandProblem, ConfigError, InstepError, ModelError, RecordingError

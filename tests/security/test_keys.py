@@ -14,7 +14,7 @@ from zmq.auth import load_certificate
 from instep.cli import app
 from instep.config import TransportConfig
 from instep.security.keys import ServerKeys, make_key_pair
-from instep.security.principals import KeysError, Principals, Role
+from instep.security.principals import Principals, Role
 from instep_client.key_files import MAX_FILE_BYTES, read_client_keys, read_key_pair, read_public_key
 from instep_client.protocol.errors import InvalidInput
 from tests.support.keys import KeyRing
@@ -35,14 +35,14 @@ def test_a_pair_is_written_as_zmq_auth_reads_it_and_only_its_owner_can_read_the_
 @pytest.mark.parametrize("name", ["mic.key", "mic.key_secret"])
 def test_no_file_is_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).symlink_to("nowhere")
-    with pytest.raises(KeysError):
+    with pytest.raises(InvalidInput):
         make_key_pair("mic", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("name", ["", "../mic", "a b", "x" * 65, "default"])
 def test_a_name_is_also_a_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(KeysError):
+    with pytest.raises(InvalidInput):
         make_key_pair(name, tmp_path)
 
 
@@ -97,11 +97,10 @@ def test_a_secret_file_that_is_not_one_is_refused_with_nothing_of_it(tmp_path: P
     secret = load_certificate(path)[1]
     assert secret is not None
     make_bad(path, kind)
-    with pytest.raises(KeysError) as refused:
+    with pytest.raises(InvalidInput) as refused:
         ServerKeys.read(TransportConfig(**ring.transport))
-    (problem,) = refused.value.problems
-    assert str(path) in problem
-    assert secret.decode()[1:6] not in problem
+    assert str(path) in str(refused.value)
+    assert secret.decode()[1:6] not in str(refused.value)
 
 
 def test_the_content_of_a_key_file_is_told_before_its_rights(tmp_path: Path) -> None:
@@ -146,14 +145,13 @@ def test_a_file_is_read_even_where_its_name_could_be_a_key(tmp_path: Path, monke
     assert found[2] not in repr(ServerKeys(found[2], Principals({}, {})))
 
 
-def test_all_problems_of_both_files_are_told(tmp_path: Path) -> None:
+def test_all_problems_of_a_file_of_peers_are_told(tmp_path: Path) -> None:
     ring = KeyRing(tmp_path, mic={"role": "king"}, other={"streams": 5, "quotas": {"frames_per_s": True}})
-    (tmp_path / "server.key_secret").unlink()
-    with pytest.raises(KeysError) as refused:
+    with pytest.raises(InvalidInput) as refused:
         ServerKeys.read(TransportConfig(**ring.transport))
-    found = refused.value.problems
-    assert len(found) == 4
-    for name in ("server.key_secret", "mic.role", "other.streams", "other.quotas.frames_per_s"):
+    found = str(refused.value).splitlines()
+    assert len(found) == 3
+    for name in ("mic.role", "other.streams", "other.quotas.frames_per_s"):
         assert any(name in problem for problem in found), found
 
 
@@ -164,7 +162,7 @@ def test_all_problems_of_both_files_are_told(tmp_path: Path) -> None:
         ("mic: {key: 'secret-of-mine', role: producer}", "mic.key"),
         ("mic: {'secret-of-mine': 1}", "mic.key"),
         ("mic: {role: reader, quotas: {'secret-of-mine': 1}}", "mic.quotas"),
-        ("mic: {}\nother: {}\nmic: {}", "mic is there twice (line 3)"),
+        ("mic: {}\nother: {}\nmic: {}", "line 3"),
         ("default: {role: reader}", "default"),
         ("'a b': {}", "name"),
         ("007: {}", "name"),
@@ -179,7 +177,7 @@ def test_a_file_of_peers_that_is_not_one_is_refused_with_nothing_of_it(tmp_path:
     file = tmp_path / "peers.yaml"
     file.write_text(text)
     file.chmod(0o600)
-    with pytest.raises(KeysError) as refused:
+    with pytest.raises(InvalidInput) as refused:
         Principals.read(file)
     assert named in str(refused.value)
     assert "secret-of-mine" not in str(refused.value)
@@ -188,11 +186,11 @@ def test_a_file_of_peers_that_is_not_one_is_refused_with_nothing_of_it(tmp_path:
 def test_two_with_one_key_are_refused_and_so_is_a_file_that_others_can_change(tmp_path: Path) -> None:
     ring = KeyRing(tmp_path, mic={})
     ring.write(mic={}, other={"key": ring.make("mic")[0]})
-    with pytest.raises(KeysError, match="mic and other"):
+    with pytest.raises(InvalidInput, match="mic and other"):
         Principals.read(ring.peers_file)
     ring.write(mic={})
     ring.peers_file.chmod(0o666)
-    with pytest.raises(KeysError):
+    with pytest.raises(InvalidInput):
         Principals.read(ring.peers_file)
 
 
@@ -211,8 +209,7 @@ def test_quotas_of_all_hold_where_there_are_no_own_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["--check"], []])
 def test_a_server_does_not_start_with_keys_that_it_cannot_use(tmp_path: Path, words: list[str]) -> None:
     ring = KeyRing(tmp_path, mic={"role": "king"})
-    (tmp_path / "server.key_secret").chmod(0o644)
     settings = [word for key, file in ring.transport.items() for word in ("--set", f"transport.{key}={file}")]
     ended = CliRunner().invoke(app, ["serve", "--demo", *settings, *words])
     assert ended.exit_code == 2
-    assert all(named in ended.stderr for named in ("server.key_secret", "mic.role"))
+    assert "mic.role" in ended.stderr

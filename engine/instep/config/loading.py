@@ -46,14 +46,6 @@ class ConfigError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-class RepeatedKey(yaml.MarkedYAMLError):
-    """A mapping has a key twice."""
-
-    def __init__(self, key: str, mark: yaml.Mark) -> None:
-        super().__init__(problem=f"{key} is given twice", problem_mark=mark)
-        self.key, self.line = key, mark.line + 1
-
-
 class UniqueKeyLoader(yaml.SafeLoader):
     """A YAML loader that refuses duplicate keys, of which PyYAML keeps the last one."""
 
@@ -61,7 +53,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
         node, seen = super().compose_mapping_node(anchor), set[str]()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise RepeatedKey(key.value, key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return node
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from instep.config.loading import RepeatedKey, UniqueKeyLoader
+from instep.config.loading import UniqueKeyLoader
 from instep.config.sections import Section
 from instep.models.errors import in_line
 from instep_client.key_files import is_key, read_text
@@ -22,29 +22,14 @@ DEFAULT: Final = "default"
 """The entry whose quotas hold for everybody who has none of their own."""
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
-
 _FIELD: Final = re.compile(r"[a-z_]{1,20}|[0-9]{1,5}")
-_WORDS: Final = {
-    "extra_forbidden": "there is no such field",
-    "invalid_key": "there is no such field",
-    "missing": "it is missing",
-    "frozen_set_type": "expected a list of names",
-    "tuple_type": "expected a pattern, or a list of them",
-    "model_type": "expected {FIELD: VALUE}",
+_NAMES: Final = "a name has 1 to 64 letters, digits, dots, hyphens and underscores, in quotes if it has only digits"
+_SENTENCES: Final = {
+    "invalid_key": _NAMES,
+    "string_pattern_mismatch": _NAMES,
+    "model_type": "expected NAME: {key: …, role: …} for each peer",
 }
 """Sentences in place of those of pydantic, by its types of errors."""
-
-
-class KeysError(Exception):
-    """`transport.key_file` or `transport.peers_file` cannot be used.
-
-    Attributes:
-        problems: a sentence for each problem; none quotes a file's content.
-    """
-
-    def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
-        super().__init__("\n".join(self.problems))
 
 
 def _several(value: object) -> object:
@@ -82,10 +67,7 @@ class _Default(Section):
     quotas: Quotas = Quotas()
 
 
-class Principal(Section):
-    """One who connects: a name, from HELLO to the end of a connection."""
-
-    name: str
+class _Rights(_Default):
     key: Annotated[str, AfterValidator(_checked_key)]
     """The public key, in Z85."""
     role: Role
@@ -93,7 +75,12 @@ class Principal(Section):
     """Patterns of the names of streams, as `fnmatch` reads them."""
     models: frozenset[str] | None = None
     """The models that it may use; None for all."""
-    quotas: Quotas = Quotas()
+
+
+class Principal(_Rights):
+    """One who connects: a name, from HELLO to the end of a connection."""
+
+    name: str
 
     def has_rights_of(self, other: Principal | None) -> bool:
         """Whether both may do the same under the same name."""
@@ -120,66 +107,48 @@ class Principals:
         Nobody may connect where the file is empty.
 
         Raises:
-            KeysError: with every problem.
+            InvalidInput: with a line for each problem; none quotes the file's content.
         """
         try:
             text, status = read_text(path)
             if status.st_mode & 0o022:
                 raise InvalidInput(f"other users can change {path}: chmod go-w {path}")
             entries = UniqueKeyLoader(text).get_single_data()
+            found = _PeersFile.model_validate({} if entries is None else entries).principals()
+            by_key = {each.key: each for each in found}
+            others = ((each.name, by_key[each.key].name) for each in found)
+            problems = [f"{one} and {other} have the same key" for one, other in others if one != other]
         except InvalidInput as error:
-            raise KeysError([f"transport.peers_file: {error}"]) from None
-        except RepeatedKey as error:
-            place = f"{_quoted(error.key, NAME)} is there twice (line {error.line})"
-            raise KeysError([f"transport.peers_file {path}: {place}"]) from None
+            problems = [str(error)]
+        except ValidationError as error:
+            problems = [_line(each) for each in error.errors(include_url=False, include_input=False)]
         except Exception as error:  # also PyYAML's KeyErrors and AttributeErrors, and nesting that is too deep
-            raise KeysError([f"transport.peers_file {path} is not YAML{in_line(error)}"]) from None
-        if entries is None:
-            entries = {}
-        if not isinstance(entries, dict) or not all(isinstance(each, dict) for each in entries.values()):
-            sentence = "expected a line NAME: {key: …, role: …} for each peer"
-            raise KeysError([f"transport.peers_file {path}: {sentence}"])
-        problems: list[str] = []
-        found = _parse(entries, problems)
-        by_key = {each.key: each for each in found}
-        others = [(each.name, by_key[each.key].name) for each in found if by_key[each.key] is not each]
-        problems += [f"{one} and {other} have the same key" for one, other in others]
+            problems = [f"{path} is not YAML, or has a name twice{in_line(error)}"]
         if problems:
-            raise KeysError(f"transport.peers_file {path}: {problem}" for problem in problems)
+            raise InvalidInput("\n".join(f"transport.peers_file: {problem}" for problem in problems))
         return cls(by_key, {each.name: each for each in found})
 
 
 class _PeersFile(Section):
     model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, Principal]
-    default: _Default
+    __pydantic_extra__: dict[Annotated[str, Field(pattern=rf"^{NAME.pattern}$")], _Rights]
+    default: _Default = _Default()
 
-
-def _parse(entries: dict[Any, dict[str, Any]], problems: list[str]) -> list[Principal]:
-    shared = entries.pop(DEFAULT, {})
-    if not all(isinstance(name, str) and NAME.fullmatch(name) for name in entries):
-        problems.append(
-            "a name has 1 to 64 letters, digits, dots, hyphens and underscores, in quotes if it has only digits"
-        )
-        return []
-    problems += [f"{name}.name: {_WORDS['extra_forbidden']}" for name, entry in entries.items() if "name" in entry]
-    named = {name: {**entry, "name": name} for name, entry in entries.items()}
-    try:
-        file = _PeersFile.model_validate({DEFAULT: shared, **named})
-    except ValidationError as error:
-        problems += map(_line, error.errors(include_url=False, include_input=False))
-        return []
-    quotas, extra = file.default.quotas.model_dump(), file.__pydantic_extra__
-    return [
-        each.model_copy(update={"quotas": Quotas(**quotas | each.quotas.model_dump(exclude_unset=True))})
-        for each in extra.values()
-    ]
+    def principals(self) -> list[Principal]:
+        of_all = self.default.quotas
+        return [
+            Principal(
+                name=name,
+                **dict(each) | {"quotas": of_all.model_copy(update=each.quotas.model_dump(exclude_unset=True))},
+            )
+            for name, each in self.__pydantic_extra__.items()
+        ]
 
 
 def _line(found: ErrorDetails) -> str:
-    message = _WORDS.get(found["type"], found["msg"]).removeprefix("Value error, ")
-    name, *fields = map(str, found["loc"])
-    return f"{'.'.join([name, *(_quoted(each, _FIELD) for each in fields)])}: {message}"
+    name, *fields = map(str, found["loc"] or ("…",))
+    path = ".".join([_quoted(name, NAME), *(_quoted(each, _FIELD) for each in fields)])
+    return f"{path}: {_SENTENCES.get(found['type'], found['msg']).removeprefix('Value error, ')}"
 
 
 def _quoted(text: str, expected: re.Pattern[str]) -> str:

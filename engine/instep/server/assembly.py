@@ -22,7 +22,6 @@ from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.security.keys import ServerKeys
-from instep.security.principals import KeysError
 from instep.server import checks
 from instep.server.live_verification import Supervision
 from instep.server.loop import Loop, Shutdown
@@ -31,6 +30,7 @@ from instep.server.recordings import Planned, open_recording, plan, record
 from instep.server.server import Server
 from instep.server.services import Foundation, busy_poll_ns, lay_foundation, make_served, make_service, steps_in_process
 from instep.streaming.service import ModelService, Recovery
+from instep_client.protocol.errors import InvalidInput
 
 UNREACHABLE_AFTER_S: Final = 30.0
 """The time after which a connection that does not read its outbox is given up."""
@@ -62,7 +62,7 @@ def make_server(
         try:
             supervision, models = supervision or Supervision(), Models(shard)
             server = _make_server(config, prepared, log, make_stepper, forks, supervision, models, undo)
-        except (CannotListen, KeysError, RecordingError) as error:
+        except (CannotListen, InvalidInput, RecordingError) as error:
             raise CannotServe(with_advice(error)) from None
         except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
             raise _no_memory(config, error) from None

@@ -11,11 +11,9 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import Any, Final
 
 import structlog
-
-from instep.server.preparation import CannotServe
 
 MOST_LINES: Final = 4096
 """Lines that wait for the disk; further ones are dropped."""
@@ -36,9 +34,6 @@ class Audit:
 
     A thread writes them. Lines that it cannot write in time, or not at all, are dropped and counted, and the file says
     how many with the next line. It is opened for each line, and so follows its name as `log.file` does.
-
-    Raises:
-        CannotServe: the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,19 +42,12 @@ class Audit:
         self._writer: threading.Thread | None = None
         self.log: structlog.stdlib.BoundLogger | None = None
         """Where the first line of several is reported that cannot be written."""
-        self._surplus = self._failed = self._told = 0
-        """Lines that came too fast, that could not be written, and of both, those that the file tells of."""
+        self._surplus = 0
+        """Lines that came too fast."""
+        self.failed = 0
+        """Lines that could not be written."""
         self._refusals: dict[tuple[object, object], tuple[float, int]] = {}
         """By principal and code, when a refusal was last taken, and how many were left out since."""
-        try:
-            self._open().close()
-        except OSError as error:
-            raise CannotServe(f"audit.file {path} cannot be written: {error.strerror}") from None
-
-    @property
-    def dropped(self) -> int:
-        """Lines that were not written."""
-        return self._surplus + self._failed
 
     def __call__(self, logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         """Take a line of the log, at most one a second of each kind of refusal."""
@@ -84,23 +72,19 @@ class Audit:
         return event
 
     def _write(self) -> None:
-        is_failing = False
+        told, is_failing = 0, False
         while (line := self._lines.get()) is not None:
-            dropped = self.dropped
-            if dropped > self._told:
-                line["dropped_before"] = dropped - self._told
+            if (dropped := self._surplus + self.failed) > told:
+                line["dropped_before"] = dropped - told
             try:
-                with self._open() as file:
+                with open(self._path, "a", encoding="utf-8", opener=partial(os.open, mode=0o600)) as file:
                     file.write(f"{json.dumps(line, default=str)}\n")
-                self._told, is_failing = dropped, False
+                told, is_failing = dropped, False
             except OSError as error:
-                self._failed += 1
                 if self.log is not None and not is_failing:
                     self.log.warning("audit not written", file=str(self._path), reason=error.strerror)
+                self.failed += 1
                 is_failing = True
-
-    def _open(self) -> IO[str]:
-        return open(self._path, "a", encoding="utf-8", opener=partial(os.open, mode=0o600))
 
     def close(self) -> None:
         """Wait until everything is written, but not for long."""

@@ -28,8 +28,8 @@ from instep.recording.lock import check_not_written
 from instep.runtime.executor import usable_cores
 from instep.security.authenticator import MAX_FILES
 from instep.security.keys import ServerKeys
-from instep.security.principals import KeysError
 from instep.server.recording_files import check_several
+from instep_client.protocol.errors import InvalidInput
 
 if TYPE_CHECKING:
     from instep.server.preparation import Prepared
@@ -133,7 +133,7 @@ def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool
         Router(config.transport, ServerKeys.read(config.transport)).close()
         if (listener := bind(config.http, log)) is not None:
             listener.close()
-    except (CannotListen, KeysError, RecordingError) as error:
+    except (CannotListen, InvalidInput, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None
     admin = {} if listener is None else {"http": _with_port(f"http://{config.http.endpoint}")}
     for each in prepared:
@@ -242,7 +242,7 @@ def _secrets(config: Config) -> Iterator[Finding]:
     for read in (lambda: ServerKeys.read(config.transport), lambda: read_tokens(config.http)):
         try:
             read()
-        except (CannotListen, KeysError) as error:
+        except InvalidInput as error:
             for problem in str(error).splitlines():
                 yield Finding("problem", problem, "")
 

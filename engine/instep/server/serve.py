@@ -24,10 +24,9 @@ import torch
 
 from instep.config import Config, ConfigError, ModelConfig
 from instep.core.compiled import are_cached
-from instep.frontends import CannotListen
 from instep.frontends.http.security import read_tokens
 from instep.frontends.shards import Shard
-from instep.security.principals import KeysError, Principals
+from instep.security.principals import Principals
 from instep.server.assembly import make_server
 from instep.server.audit import Audit
 from instep.server.checks import (
@@ -45,6 +44,7 @@ from instep.server.server import Server
 from instep.server.supervisor import Child, supervise
 from instep.streaming.tasks import Tasks, in_daemon_thread
 from instep.streaming.warm_up import warm_up
+from instep_client.protocol.errors import InvalidInput
 
 
 class ServiceManager:
@@ -181,6 +181,7 @@ async def reload(
     running, level = server.config, threshold.level
     threshold.level = "info"  # whoever sent the signal is told what came of it
     try:
+        await _reload_peers(server, log)  # first, because revoked keys do not wait for a correct configuration
         wanted, tokens = await in_daemon_thread(lambda: (reread(), read_tokens(running.http)), "instep-reload")
         models = {"model": server.loader.config}
         under_way = [text for path, text in differences(running.model_copy(update=models), wanted) if path in MODELS]
@@ -199,39 +200,30 @@ async def reload(
         log.info("reloaded", changed=[changed[path] for path in changed if path in CHANGEABLE], **also)
         if left:
             log.warning("restart needed", keys=left, reason="these have changed, and are read at the start only")
-    except ConfigError as error:
-        server.unread = "; ".join(map(str, error.problems))
+    except (ConfigError, InvalidInput) as error:
+        problems = str(error).splitlines()
+        server.unread = "; ".join(problems)
         if server.loader.problem != UNDER_WAY:
             server.loader.problem = ""  # of what the file said before
         kept.keep(server)
-        for problem in error.problems:
-            log.error("not reloaded", reason=str(problem))
-    except CannotListen as error:
-        server.unread = str(error)
-        kept.keep(server)
-        log.error("not reloaded", reason=server.unread)
+        for problem in problems:
+            log.error("not reloaded", reason=problem)
     finally:
         threshold.level = level
-    await _reload_peers(server, threshold, log)
 
 
-async def _reload_peers(server: Server, threshold: Threshold, log: structlog.stdlib.BoundLogger) -> None:
+async def _reload_peers(server: Server, log: structlog.stdlib.BoundLogger) -> None:
     """Read the file of peers again; a broken one changes nothing."""
-    file = server.config.transport.peers_file
-    if file is None:
+    if (file := server.config.transport.peers_file) is None:
         return
-    level, threshold.level = threshold.level, "info"
     try:
         principals = await in_daemon_thread(partial(Principals.read, file), "instep-reload")
         log.info("peers reloaded", peers=len(principals.by_name), connections_ended=server.admit(principals))
-        _warn_of_peers(server, log)
-    except KeysError as error:
-        problem = "transport.peers_file was not reloaded: see the log"  # whoever asks /readyz needs no token
-        server.unread = "; ".join(filter(None, (server.unread, problem)))
-        for problem in error.problems:
+        server.unread_peers = ""
+    except InvalidInput as error:
+        server.unread_peers = "transport.peers_file was not reloaded: see the log"  # /readyz shows it to everybody
+        for problem in str(error).splitlines():
             log.error("peers not reloaded", reason=problem)
-    finally:
-        threshold.level = level
 
 
 def differences(one: Config, other: Config) -> Iterator[tuple[str, str]]:
@@ -486,15 +478,3 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
         keys = {"keys": "on", "peers": len(server.principals.by_name)}
         asks = f"--key-file NAME.key_secret --server-key {shlex.quote(str(key_file.with_suffix('.key')))} {asks}"
     log.info("serving", endpoint=server.endpoint, **admin, **keys, next=f"instep-client {asks}")
-    _warn_of_peers(server, log)
-
-
-def _warn_of_peers(server: Server, log: structlog.stdlib.BoundLogger) -> None:
-    if server.principals is None:
-        return
-    peers = server.principals.by_name.values()
-    if not peers:
-        log.warning("nobody may connect", reason="transport.peers_file names nobody", next="instep keys new NAME")
-    served = {each.service.name for each in server.models}
-    if unknown := {model for each in peers for model in each.models or ()} - served:
-        log.warning("peers may use models that are not served", models=sorted(unknown))

@@ -138,6 +138,8 @@ class Server:
         """Who may connect; None without keys."""
         self.unread = ""
         """The reason that the last configuration, apart from its models, is not in force; empty if it is."""
+        self.unread_peers = ""
+        """The same of the file of peers."""
         self.unanswered_messages = 0
         """Messages accepted and never answered, because the end was forced or draining took too long."""
         self._drain_until = math.inf
@@ -258,7 +260,7 @@ class Server:
     @property
     def outdated(self) -> str:
         """The reason why the running models differ from the configuration; empty if they do not."""
-        return "; ".join(filter(None, (self.unread, self.loader.problem)))
+        return "; ".join(filter(None, (self.unread, self.unread_peers, self.loader.problem)))
 
     @property
     def is_draining(self) -> bool:

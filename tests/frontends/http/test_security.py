@@ -82,7 +82,7 @@ async def test_a_browser_asks_for_the_token_as_a_password(token_file: Path) -> N
         (b"two words are too many", "at least 16"),
         (b"ann: correct-horse-battery\nann: another-good-battery", "distinct"),
         (b"ann: correct-horse-battery\nshort", "at least 16"),
-        (b"\xff" * 20, "ASCII"),
+        (b"\xff" * 20, "text file"),
         (None, "No such file"),
     ],
 )
@@ -95,7 +95,7 @@ async def test_a_token_file_without_a_token_ends_the_start(
     with pytest.raises(CannotServe, match=sentence) as caught:
         async with running(SMALL, http={"endpoint": "127.0.0.1:0", "token_file": file}):
             pass
-    assert "token_urlsafe" in str(caught.value)
+    assert str(file) in str(caught.value)
     async with running(SMALL, http={"endpoint": "off", "token_file": file}) as server:  # nobody would need it
         assert server.admin is None
 

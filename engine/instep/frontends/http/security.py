@@ -17,13 +17,14 @@ from instep.config import HttpConfig
 from instep.config.endpoint import is_loopback_host
 from instep.frontends import CannotListen
 from instep.frontends.http.answers import HttpError
+from instep_client.key_files import read_text
+from instep_client.protocol.errors import InvalidInput
 
 DEFAULT: Final = HttpConfig().endpoint
 _METHODS: Final = ("GET", "HEAD")
 _HEALTH: Final = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 """Paths that need no token: whatever looks after processes has none."""
 _LEAST_TOKEN: Final = 16
-_MOST_TOKENS_BYTES: Final = 65_536
 _TOKEN_LINE: Final = re.compile(rf"((?P<name>[A-Za-z0-9._-]+):\s+)?(?P<token>[!-~]{{{_LEAST_TOKEN},}})")
 MOST_REQUESTS: Final = 64
 """Requests under way at a time, those for health not counted."""
@@ -56,26 +57,19 @@ def read_tokens(config: HttpConfig) -> dict[str, str] | None:
     """The tokens that requests have to show, by name; None without a token file or without an admin server.
 
     Raises:
-        CannotListen: when the file does not hold usable tokens.
+        InvalidInput: when the file does not hold usable tokens.
     """
     file = config.token_file
     if config.endpoint is None or file is None:
         return None
-    advice = 'make one with: python -c "import secrets; print(secrets.token_urlsafe())"'
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(_MOST_TOKENS_BYTES + 1)
-        lines = [line for line in map(str.strip, content.decode("ascii").splitlines()) if line]
-    except OSError as error:
-        raise CannotListen(f"http.token_file {file} cannot be read: {error.strerror}; {advice}") from None
-    except UnicodeDecodeError:
-        lines = []
+    lines = [line for line in map(str.strip, read_text(file)[0].splitlines()) if line]
     found = [_TOKEN_LINE.fullmatch(line) for line in lines]
     tokens = {line["name"] or "": line["token"] for line in found if line is not None}
-    if not tokens or len(tokens) < len(lines) or len(content) > _MOST_TOKENS_BYTES:
-        raise CannotListen(
+    if not tokens or len(tokens) < len(lines):
+        raise InvalidInput(
             f"http.token_file {file} does not hold tokens: lines `NAME: TOKEN` with distinct names, or a single TOKEN; "
-            f"a token is at least {_LEAST_TOKEN} printable ASCII characters without spaces; {advice}"
+            f"a token is at least {_LEAST_TOKEN} printable ASCII characters without spaces; make one with: "
+            'python -c "import secrets; print(secrets.token_urlsafe())"'
         )
     return tokens
 
