@@ -6,11 +6,16 @@ import asyncio
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from instep.core.typing import F32
+from instep.frontends.shards import Shard
+from instep.models.model import Model
+from instep.server.server import Server
+from instep_client.protocol.wire import ShardTable
 from tests.docs.support.page import DOCS
 from tests.docs.support.protocol_examples import SEED
 from tests.support.gate import GATE_VALUE, Gate
@@ -63,12 +68,44 @@ async def test_it_loses_and_doubles_nothing_when_its_connection_breaks(rng: np.r
         assert (status, complained, proxy.breaks) == (0, "", [])
         assert (counted.frames_total, counted.resumed_streams_total) == (30 * 3, 3 * 3)
         assert server.default.engine.table.open_count == 0
+    check(said, model, x)
+
+
+def check(said: bytes, model: Model, x: F32) -> None:
+    """Outputs [T, N, 8] and states [N, 2, 8] are those of the network over each whole stream."""
+    timesteps, streams, _ = x.shape
     values = np.frombuffer(said, "<f4")
-    y, states = values[: 30 * 3 * 8].reshape(30, 3, 8), values[30 * 3 * 8 :].reshape(3, 2, 8)
-    for column in range(3):
+    y, states = np.split(values, [timesteps * streams * 8])
+    for column in range(streams):
         truth, final = whole(model, x[:, column])
-        np.testing.assert_array_equal(y[:, column], truth)
-        np.testing.assert_array_equal(states[column], final)
+        np.testing.assert_array_equal(y.reshape(timesteps, streams, 8)[:, column], truth)
+        np.testing.assert_array_equal(states.reshape(streams, 2, 8)[column], final)
+
+
+def know(server: Server, term: int, *servers: Server) -> None:
+    """Tell a server of the shards 0, 1 and 2; shard 1 has this term, and the others 4."""
+    endpoints = tuple(each.endpoint.replace("127.0.0.1", "*") for each in servers)
+    server.models.shard.table = ShardTable(np.array([4, term, 4], np.uint64), endpoints)
+
+
+async def test_it_follows_a_shard_to_another_server(rng: np.random.Generator, tmp_path: Path) -> None:
+    model, recording = plain(5, 8, layers=2), {"file": tmp_path / "moving.instep"}
+    x = rng.standard_normal((30, 6, 5)).astype(np.float32)
+    async with running(model, shard=Shard(0, 3, 4)) as here, running(model, shard=Shard(2, 3, 4)) as idle:
+        async with running(model, shard=Shard(1, 3, 4), recording=recording) as former:
+            know(here, 4, here, former, idle)
+            process = await start(here.endpoint, 6)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(x[:10].tobytes())
+            begun = await process.stdout.readexactly(10 * 6 * 8 * 4)
+        async with running(model, shard=Shard(1, 3, 5), recording=recording) as latter:
+            know(here, 5, here, latter, idle)
+            status, rest, complained = await feed(process, x[10:])
+        steps = [server.default.engine.stats.frames_total for server in (here, former, latter, idle)]
+    assert (status, complained) == (0, "")
+    assert steps == [30 * 2, 10 * 3, 20 * 3, 30]  # of `minimal-0` to `-5`, 2 and 4 belong to shard 0 and 1 to shard 2
+    check(begun + rest, model, x)
 
 
 async def test_it_waits_while_the_server_is_busy(rng: np.random.Generator) -> None:

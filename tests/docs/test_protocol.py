@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import struct
+import zlib
 from typing import Any
 
 import msgpack
@@ -15,7 +16,7 @@ import zmq.asyncio
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Code, Kind, ServerInfo
 from tests.docs.support.page import Page
-from tests.docs.support.protocol_examples import EPOCH, EXAMPLES, SEED, WHAT_THE_CODE_SAYS, floats
+from tests.docs.support.protocol_examples import EPOCH, EXAMPLES, SEED, TABLE, WHAT_THE_CODE_SAYS, floats
 from tests.support.running import running
 
 PAGE = Page("protocol.md")
@@ -69,6 +70,15 @@ def test_the_table_of_codes() -> None:
     assert PAGE.table("Codes", "code").column("code") == [f"{code.value} {code.name}" for code in Code]
 
 
+def test_the_table_of_shards() -> None:
+    table = PAGE.table("Clusters", "name")
+    for name, crc, *shards in table.rows:
+        assert int(crc, 16) == zlib.crc32(name.encode())
+        for column, shard in zip(table.columns[2:], shards, strict=True):
+            count = int(column.removeprefix("of "))
+            assert wire.shard_of(name, count) == int(crc, 16) % count == int(shard)
+
+
 def test_numbers_and_names_in_the_text() -> None:
     assert set(re.findall(r"ersion (?:is )?(\d+)|protocol_version \| integer \| (\d+)", PAGE.text)) == {
         (str(wire.PROTOCOL_VERSION), ""),
@@ -76,6 +86,7 @@ def test_numbers_and_names_in_the_text() -> None:
     }
     limits = [int(value) for value in PAGE.table("Messages", "limit of a message").column("value")]
     assert [limits[0], *limits[4:6]] == [wire.MAX_HEADER_BYTES, wire.MAX_BLOCK_STREAMS, wire.MAX_NAME_BYTES]
+    assert limits[-1] == wire.MAX_SHARDS
     assert str(wire.HAVE_ALL) in PAGE.sections["RESUME, RESUMED"]
     known = {entry.name: entry.value for entry in (*Kind, *Code)}
     assert all(known[name] == int(value) for value, name in re.findall(r"(\d+) \(`([A-Z_]+)`\)", PAGE.prose))
@@ -172,6 +183,8 @@ async def test_the_examples_are_one_conversation() -> None:
                 assert header[:12] + header[24:] == expected(answer)[0][:12] + expected(answer)[0][24:]
                 np.testing.assert_allclose(np.frombuffer(y, "<f4"), floats(answer), rtol=1e-5)
             assert await ask("PING") == expected("PONG")
+            server.models.shard.table = TABLE
+            assert await ask("SHARDS") == expected("SHARDED")
             statistics = dict(msgpack.unpackb((await ask("STATS"))[0])[2])
             listed = PAGE.table("STATS, STATISTICS", "group").column("statistics")
             assert {name for names in listed for name in names.split(", ")} <= statistics.keys()

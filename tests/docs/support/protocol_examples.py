@@ -101,6 +101,7 @@ def granted(kind: Kind, request: int, *entries: tuple[int, int, int, int, int]) 
     )
 
 
+TABLE = ShardTable(u64(1, 4, 2), ("tcp://10.0.0.1:5757", "", "tcp://10.0.0.2:5759"))
 WHAT_THE_CODE_SAYS: dict[str, Message] = {
     "HELLO": [wire.pack_header(Kind.HELLO, 1, wire.PROTOCOL_VERSION, "demo", "")],
     "WELCOME": encode.welcome(1, INFO),
@@ -166,7 +167,7 @@ WHAT_THE_CODE_SAYS: dict[str, Message] = {
     "EVICTED": encode.evicted(StreamEvent(Code.FENCED, u64(MIC_1, MIC_2))),
     "MOVED": encode.moved(u64(MIC_1, MIC_2), i64(3, 2), "90c2"),
     "SHARDS": [wire.pack_header(Kind.SHARDS, 23)],
-    "SHARDED": ShardTable(u64(1, 4, 2), ("tcp://10.0.0.1:5757", "", "tcp://10.0.0.2:5759")).pack(23),
+    "SHARDED": TABLE.pack(23),
     "WOKEN": encode.woken(u64(MIC_1), u64(RESUMED_1)),
     "ERROR": encode.error(15, Refusal(Code.BUSY, retry_after_us=2000)),
     "GOODBYE": encode.goodbye("the server is shutting down: it was asked to"),
