@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from instep_client.protocol.errors import StreamRefused as StreamRefused
     from instep_client.protocol.wire import ServerInfo as ServerInfo
     from instep_client.replies import ListedStream as ListedStream
-    from instep_client.replies import PrincipalUsage as PrincipalUsage
     from instep_client.replies import ServedModel as ServedModel
     from instep_client.states import StreamSnapshot as StreamSnapshot
     from instep_client.sync import Client as Client
@@ -45,7 +44,7 @@ else:
         "protocol.errors": "ClientClosed ConnectionFailed ConnectionRefused DataLoss FrameFailure FramesRefused "
         "HandshakeFailed InstepError InvalidInput MalformedMessage Refused StreamEvicted StreamRefused",
         "protocol.wire": "ServerInfo",
-        "replies": "ListedStream PrincipalUsage ServedModel",
+        "replies": "ListedStream ServedModel",
         "states": "StreamSnapshot",
         "sync": "Client Group Stream",
     }

@@ -19,7 +19,7 @@ from instep_client.key_files import read_client_keys
 from instep_client.protocol.errors import InvalidInput, StreamEvicted, StreamRefused
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import DEFAULT_ENDPOINT, F32, U64, Code, Place, ServerInfo
-from instep_client.replies import ListedStream, PrincipalUsage, ServedModel
+from instep_client.replies import ListedStream, ServedModel
 from instep_client.session import Session
 from instep_client.states import GivenState, State, StreamSnapshot, as_state
 from instep_client.streams import StreamHandle
@@ -517,20 +517,17 @@ class AsyncClient:
             The names of which there is no such stream.
 
         Raises:
-            StreamRefused: when the server refused one for another reason; the others are closed or parked.
+            StreamRefused: when the server refused one for another reason; some of the others are closed or parked.
             Refused: NOT_ALLOWED without the role of an operator.
         """
         missing, names = list[str](), good_names(names)
-        refused: StreamRefused | None = None
         for first in range(0, len(names), _PAGE):
             part = names[first : first + _PAGE]
             for failure in await self._driver.wait(self._session.remove(part, park)):
                 if failure.code in (Code.UNKNOWN_STREAM, Code.EXPIRED):
                     missing.append(part[failure.column])
                 else:
-                    refused = refused or StreamRefused(failure.code, failure.sentence, part[failure.column])
-        if refused is not None:
-            raise refused
+                    raise StreamRefused(failure.code, failure.sentence, part[failure.column])
         return missing
 
     async def list_models(self) -> list[ServedModel]:
@@ -541,12 +538,11 @@ class AsyncClient:
         """The time of a round trip to the server, in seconds."""
         return await self._driver.wait(self._session.ping(time.monotonic()))
 
-    async def principals(self) -> list[PrincipalUsage]:
-        """The usage of each principal that this client may see. A server without keys has none."""
-        return await self._driver.wait(self._session.principals())
-
     async def stats(self) -> dict[str, float]:
         """The server's numbers for this client's model, by name, and `loop_lag_s`.
+
+        At a server with keys, `principal_frames_total{principal="NAME"}` and other such names are the numbers of the
+        principals that this client may see, over all models.
 
         `loop_lag_s` is the longest delay of this process's event loop in the last 30 to 60 seconds. Frames and outputs
         wait that long here, which the server's times do not show.

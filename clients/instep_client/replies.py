@@ -45,21 +45,6 @@ class ErrorReply(NamedTuple):
     retry_after_s: float
 
 
-class PrincipalUsage(NamedTuple):
-    """The usage of one principal of a server with keys, summed over its connections."""
-
-    name: str
-    frames: int
-    """Frames that it sent."""
-    refused: int
-    """Messages that a quota refused."""
-    unread_bytes: int
-    """Bytes that the server keeps for the principal until it has read them."""
-    connections: int
-    streams: int
-    """Open streams, parked and hibernating ones included."""
-
-
 class ListedStream(NamedTuple):
     """A stream of the server, whoever owns it."""
 
@@ -172,14 +157,6 @@ def statistics(header: Header, frames: Sequence[Frame]) -> dict[str, float]:
     """The server's numbers by name."""
     pairs = _pairs(header.fields[0], "a statistic")
     return {_text(name, "a statistic's name"): _number(value, "a statistic") for name, value in pairs}
-
-
-def principals(header: Header, frames: Sequence[Frame]) -> list[PrincipalUsage]:
-    """The usage of each principal, from STATISTICS."""
-    count = len(frames[2]) // wire.PRINCIPAL.itemsize
-    names = wire.unpack_names(bytes(frames[1]), count) if count else []
-    records = wire.array_frame(frames[2], wire.PRINCIPAL, (count,), "principals").tolist()
-    return [PrincipalUsage(name, *record) for name, record in zip(names, records, strict=True)]
 
 
 def listed(header: Header, frames: Sequence[Frame]) -> tuple[list[ListedStream], int]:

@@ -50,7 +50,7 @@ from instep_client.protocol.errors import (
     MalformedMessage,
 )
 from instep_client.protocol.wire import MAX_NAME_BYTES, Frame, Header, Kind, ServerInfo
-from instep_client.replies import ColumnError, ErrorReply, ListedStream, PrincipalUsage, ServedModel
+from instep_client.replies import ColumnError, ErrorReply, ListedStream, ServedModel
 from instep_client.requests import (
     Claim,
     CloseCall,
@@ -361,10 +361,6 @@ class Session:
     def statistics(self) -> Question[dict[str, float]]:
         """Ask for the server's numbers."""
         return self.ask(Question(self, Kind.STATS, Kind.STATISTICS, replies.statistics))
-
-    def principals(self) -> Question[list[PrincipalUsage]]:
-        """Ask what principals use."""
-        return self.ask(Question(self, Kind.STATS, Kind.STATISTICS, replies.principals))
 
     def remove(self, names: Sequence[str], park: bool) -> Question[list[ColumnError]]:
         """Close or park streams of others; the result is what was refused."""

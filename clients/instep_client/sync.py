@@ -325,8 +325,6 @@ class Client(InThread[AsyncClient]):
     ping = blocking(AsyncClient.ping)
     stats = blocking(AsyncClient.stats)
 
-    principals = blocking(AsyncClient.principals)
-
     remove_streams = blocking(AsyncClient.remove_streams)
 
     open = opening(AsyncClient.open, Stream)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import signal
 import sys
 import termios
@@ -27,7 +28,7 @@ from instep_client.aio import AsyncClient
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import ServerInfo
-from instep_client.replies import ListedStream, PrincipalUsage, ServedModel
+from instep_client.replies import ListedStream, ServedModel
 from instep_tools.connect import Target
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
@@ -39,6 +40,7 @@ SORTS: Final = ("rate", "name", "next seq", "pending", "idle")
 LOOK_SHARE: Final = 10
 """After a look that took T seconds, the next one waits at least this many T, because it lists every stream."""
 _MOST_PRINCIPALS: Final = 5
+_PRINCIPAL: Final = re.compile(r'principal_frames_total(\{principal="(.+)"\})')
 SHOWN_ONCE: Final = 50
 """The number of streams in a view that is printed once."""
 
@@ -53,7 +55,6 @@ class Snapshot:
     numbers: Mapping[str, float]
     """The numbers of STATS; NaN for a number that the server lacks."""
     streams: Sequence[ListedStream]
-    principals: Sequence[PrincipalUsage] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +80,13 @@ class ScreenView:
         return {
             name: self.rate(value, before.get(name))
             for name, value in self.now.numbers.items()
-            if name.endswith("_total")
+            if name.partition("{")[0].endswith("_total")
         }
 
     def model_rates(self) -> dict[str, float]:
         """Frames per second of each model."""
         before = {model.name: model.frames for model in self.before.models} if self.before else {}
         return {model.name: self.rate(model.frames, before.get(model.name)) for model in self.now.models}
-
-    def principals(self) -> list[tuple[PrincipalUsage, float]]:
-        """The usage of each principal with its frames per second, the busiest first."""
-        before = {each.name: each.frames for each in self.before.principals} if self.before else {}
-        rated = [(each, self.rate(each.frames, before.get(each.name))) for each in self.now.principals]
-        return sorted(rated, key=lambda each: -each[1] if each[1] > 0 else 0)
 
     def streams(self) -> list[tuple[ListedStream, float]]:
         """All streams in the chosen order, each with its frames per second."""
@@ -116,7 +111,6 @@ class ScreenView:
             "model": asdict(now.info) | {"state": now.info.state.encode()},
             "numbers": dict(now.numbers),
             "rates": self.rates(),
-            "principals": [each._asdict() | {"rate": rate} for each, rate in self.principals()],
             "streams": [stream._asdict() | {"rate": rate} for stream, rate in self.streams()],
         }
 
@@ -156,8 +150,7 @@ async def look(client: AsyncClient) -> Snapshot:
     """
     models, numbers = await client.list_models(), await client.stats()
     at_s = time.monotonic()
-    streams, principals = await client.list_streams(), await client.principals()
-    return Snapshot(at_s, client.info, models, defaultdict(lambda: math.nan, numbers), streams, principals)
+    return Snapshot(at_s, client.info, models, defaultdict(lambda: math.nan, numbers), await client.list_streams())
 
 
 class _Watch:
@@ -269,10 +262,13 @@ def drawn(view: ScreenView, most_streams: int) -> RenderableType:
     facts.add_row("frames/s", Text(f"{three_digits(rates['frames_total'])}, {numbers['frames_pending']:,.0f} pending"))
     size = three_digits(_recent(numbers, "batch_size_mean") or math.nan)
     facts.add_row("batches/s", Text(f"{three_digits(rates['batches_total'])} of {size} frames"))
-    for each, rate in view.principals()[:_MOST_PRINCIPALS]:
-        held = f"{counted(each.connections, 'connection')}, {counted(each.streams, 'stream')}"
-        kept = f"{decimal(each.unread_bytes)} unread, {each.refused:,} refused"
-        facts.add_row("principal", Text(f"{printable(each.name)}: {three_digits(rate)} frames/s, {held}, {kept}"))
+    principals = [(rates[match[0]], match[2], match[1]) for match in map(_PRINCIPAL.fullmatch, numbers) if match]
+    for rate, name, label in sorted(principals, key=lambda each: -each[0] if each[0] > 0 else 0)[:_MOST_PRINCIPALS]:
+        keys = ("connections", "streams", "unread_bytes", "refused_total")
+        connections, of, unread, count = (int(numbers[f"principal_{key}{label}"]) for key in keys)
+        held = f"{counted(connections, 'connection')}, {counted(of, 'stream')}"
+        kept = f"{decimal(unread)} unread, {count:,} refused"
+        facts.add_row("principal", Text(f"{name}: {three_digits(rate)} frames/s, {held}, {kept}"))
     for quantile in ("p50", "p99"):
         times = (
             f"{phase} {three_digits(_recent(numbers, f'{name}_us_{quantile}') / 1000 if is_answering else math.nan)}"

@@ -99,9 +99,11 @@ async def test_an_operator_closes_and_parks_streams_of_others(keys: KeyRing) -> 
                 await stream.step(np.zeros(5))
             assert evicted.value.code is Code.BY_OPERATOR
         await (await mic.open("mic-1", if_exists="resume")).step(np.zeros(5))
-        used = {each.name: each for each in await ann.principals()}
-        assert (used["mic"].streams, used["mic"].connections, used["ann"].connections) == (2, 1, 1)
-        assert [each.name for each in await mic.principals()] == ["mic"]
+        used, own = await ann.stats(), [key for key in await mic.stats() if "{" in key]
+        assert used['principal_streams{principal="mic"}'] == 2
+        assert [used[f'principal_connections{{principal="{name}"}}'] for name in ("mic", "ann")] == [1, 1]
+        assert own
+        assert all('"mic"' in key for key in own)
 
 
 @pytest.mark.parametrize("as_variables", [False, True])

@@ -30,7 +30,6 @@ RECORDS = {
     "claim": wire.CLAIM,
     "closing": wire.CLOSING,
     "listing": wire.LISTING,
-    "principal": wire.PRINCIPAL,
     "model": wire.MODEL,
 }
 

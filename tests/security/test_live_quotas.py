@@ -39,7 +39,7 @@ async def test_connections_are_those_of_a_principal_and_not_of_others(tmp_path: 
             await other.hello()
         while (await second.ask(*second.hello_message())).kind is not Kind.WELCOME:
             await asyncio.sleep(0.05)
-        assert server.used()["ann"][1] >= 1
+        assert server.used()["ann"]["refused_total"] >= 1
 
 
 async def test_streams_count_wherever_they_are_until_they_end_or_another_resumes_them(tmp_path: Path) -> None:
@@ -64,13 +64,13 @@ async def test_streams_count_wherever_they_are_until_they_end_or_another_resumes
         assert (await bob.open(*"xyz", "z2")).codes() == []
         taken = await bob.resume(["a"], [wire.HAVE_ALL], [0], take_over=True)
         assert taken.codes() == []
-        assert {name: used[-1] for name, used in server.used().items()} == {"ann": 2, "bob": 5}
+        assert {name: used["streams"] for name, used in server.used().items()} == {"ann": 2, "bob": 5}
         opened = await ann.open("d")
         while not opened.request:  # about the stream that was taken over
             opened = await ann.receive()
         assert opened.codes() == []
         assert (await bob.close(taken.handles())).codes() == []
-        assert server.used()["bob"][-1] == 4
+        assert server.used()["bob"]["streams"] == 4
 
 
 async def test_frames_beyond_the_rate_wait_as_long_as_the_answer_says(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ async def test_frames_beyond_the_rate_wait_as_long_as_the_answer_says(tmp_path: 
         assert refused.code is Code.BUSY
         await asyncio.sleep(refused.header[4] / 1e6)
         assert (await ann.step(handles, [8], FRAMES, [8])).kind is Kind.STEPPED
-        assert server.used()["ann"][:2] == (12, 1)
+        assert [server.used()["ann"][each] for each in ("frames_total", "refused_total")] == [12, 1]
 
 
 async def test_whoever_reads_nothing_gets_no_more_until_it_has_read(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ async def test_whoever_reads_nothing_gets_no_more_until_it_has_read(tmp_path: Pa
         assert (await ann.step(handles, [0], FRAMES)).code is Code.BUSY  # it has said nothing
         await ann.send(msgpack.packb([Kind.PONG, header[1]]))
         assert (await ann.step(handles, [0], FRAMES)).kind is Kind.STEPPED
-        assert server.used()["ann"][2] < 1500
+        assert server.used()["ann"]["unread_bytes"] < 1500
 
 
 async def test_whoever_reads_is_not_refused_whatever_other_connections_have_not_confirmed(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ async def test_whoever_reads_is_not_refused_whatever_other_connections_have_not_
         for stream in (await one.open("a"), await other.open("b")):
             for _ in range(100):
                 await stream.step(np.zeros((50, 5), np.float32))
-        assert server.used()["ann"][1] == 0
+        assert server.used()["ann"]["refused_total"] == 0
 
 
 async def test_a_refusal_asks_all_connections_whether_they_have_read(tmp_path: Path) -> None:

@@ -467,7 +467,7 @@ class FakeRules:
 
     def _stats(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         values = {"ready": self.ready, "streams_open": float(len(self.streams)), "blocks": len(self.blocks)}
-        return [pack(Kind.STATISTICS, header[1], list(values.items())), b"", b""]
+        return [pack(Kind.STATISTICS, header[1], list(values.items()))]
 
     def _models(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         record = np.array([(0, len(self.streams), 1, self.info.features, self.info.outputs)], MODEL)

@@ -176,7 +176,7 @@ class InProcessFrontend:
     def moved(self, former: Served, served: Served) -> None:
         pass
 
-    def used(self) -> dict[str, tuple[int, ...]]:
+    def used(self) -> dict[str, dict[str, float]]:
         return {}
 
     def drain(self, *, asks: bool) -> bool:

@@ -12,7 +12,7 @@ import re
 import signal
 import struct
 import termios
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -27,7 +27,7 @@ from rich.console import Console
 
 from instep.models.folder import write_model
 from instep_client import AsyncClient
-from instep_client.replies import ListedStream, PrincipalUsage, ServedModel
+from instep_client.replies import ListedStream, ServedModel
 from instep_tools.connect import Target
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
@@ -235,10 +235,15 @@ async def test_a_swapped_model_is_shown_in_its_new_version(tmp_path: Path) -> No
 
 
 def test_principals_are_shown_with_their_rates_the_busiest_first() -> None:
-    ann, bob = PrincipalUsage("ann", 100, 0, 0, 1, 1), PrincipalUsage("bob", 0, 0, 0, 1, 0)
-    before = replace(snapshot(1.0), principals=[ann, bob])
-    later = [ann._replace(frames=102), bob._replace(frames=50, refused=3, connections=2, streams=7)]
-    view = ScreenView("tcp://h:1", replace(snapshot(3.0), principals=later), before)
-    assert [(each["name"], each["rate"]) for each in view.as_json()["principals"]] == [("bob", 25), ("ann", 1)]
-    (first, _) = (line.split() for line in lines(view, 120) if line.startswith("principal"))
-    assert [word for word in first if word.isdigit()] == ["2", "7", "0", "3"]
+    def used(name: str, *numbers: float) -> dict[str, float]:
+        keys = ("frames_total", "refused_total", "connections", "streams", "unread_bytes")
+        return {f'principal_{key}{{principal="{name}"}}': number for key, number in zip(keys, numbers, strict=True)}
+
+    def at(at_s: float, *principals: dict[str, float]) -> Snapshot:
+        return replace(snapshot(at_s), numbers=defaultdict(lambda: math.nan, ChainMap(*principals)))
+
+    before = at(1.0, used("ann", 100, 0, 1, 1, 0), used("bob", 0, 0, 1, 0, 0))
+    now = at(3.0, used("ann", 102, 0, 1, 1, 0), used("bob", 50, 3, 2, 7, 0))
+    rows = [line.split() for line in lines(ScreenView("tcp://h:1", now, before), 120) if line.startswith("principal")]
+    assert [row[1] for row in rows] == ["bob:", "ann:"]
+    assert [word for word in rows[0] if word.isdigit()] == ["2", "7", "0", "3"]

@@ -90,12 +90,6 @@ FAILURE: Final = np.dtype(
 bytes).
 """
 
-PRINCIPAL: Final = np.dtype(
-    [("frames", "<u8"), ("refused", "<u8"), ("unread_bytes", "<u8"), ("connections", "<u4"), ("streams", "<u4")]
-)
-"""The usage of a principal in STATISTICS (32 bytes): the frames that it sent, its messages that a quota refused, the
-bytes that the server keeps for it, and its connections and open streams."""
-
 NO_FAILURES: Final[FailureArray] = np.empty(0, FAILURE)
 
 
@@ -137,7 +131,7 @@ class Kind(IntEnum):
     STEPPED = 67, 0, 2
     CLOSED = 68, 4, 3  # N, sentences | final states [N, row_bytes] (floats NaN where refused), failures
     PONG = 69, 2, 1
-    STATISTICS = 70, 3, 3  # [[name, value], …] | names of principals, principals [P]; both empty without keys
+    STATISTICS = 70, 3, 1  # [[name, value], …]
     EVICTED = 71, 5, 2  # (request 0) N, code, sentence | handles uint64 [N]
     ERROR = 72, 5, 1  # (request 0 when it could not be read) code, sentence, retry_after_us
     GOODBYE = 73, 3, 1  # (request 0) sentence

@@ -54,8 +54,8 @@ class Frontend(Protocol):
     def admit(self, principals: Principals) -> int:
         """Let in who these are, and end the connections of all others; return the number of those."""
 
-    def used(self) -> dict[str, tuple[int, ...]]:
-        """What principals with keys use, by name: the fields of `wire.PRINCIPAL`."""
+    def used(self) -> dict[str, dict[str, float]]:
+        """What principals with keys use, by name: their numbers by name."""
 
     def drain(self, *, asks: bool) -> bool:
         """Whether all delivered replies have been read, as far as known; with `asks`, ask the producers."""

@@ -12,6 +12,7 @@ from instep.security.principals import LOCAL, Principal
 from instep.streaming.api import Refusal
 from instep_client.protocol.codes import Code
 
+_NUMBERS: Final = ("frames_total", "refused_total", "unread_bytes", "connections", "streams")
 _RETRY_US: Final = 1_000_000
 _UNREAD_RETRY_US: Final = 100_000
 
@@ -36,9 +37,10 @@ class Usage:
     """Frames that it may send now; below 0 after a block larger than that."""
     _counted_ns: int = 0
 
-    def as_record(self, streams: int) -> tuple[int, ...]:
-        """The fields of `wire.PRINCIPAL`; the count of its open streams is the last."""
-        return self.frames_total, self.refused_total, self.kept_bytes, self.connections, streams
+    def numbers(self, streams: int) -> dict[str, float]:
+        """The numbers for metrics by name; `streams` is the count of its open streams."""
+        numbers = self.frames_total, self.refused_total, self.kept_bytes, self.connections, streams
+        return dict(zip(_NUMBERS, numbers, strict=True))
 
     @property
     def is_full(self) -> bool:

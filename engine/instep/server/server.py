@@ -239,7 +239,7 @@ class Server:
         """The models, beginning with the default."""
         return [served.service for served in self.models]
 
-    def used(self) -> dict[str, tuple[int, ...]]:
+    def used(self) -> dict[str, dict[str, float]]:
         """The usage of each principal, by name; see `Frontend.used`."""
         return {name: used for frontend in self._frontends for name, used in frontend.used().items()}
 

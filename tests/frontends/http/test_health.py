@@ -74,7 +74,7 @@ class BadSubject:
         self.is_draining, self.outdated = False, ""
         self.services: list[ModelService] = []
 
-    def used(self) -> dict[str, tuple[int, ...]]:
+    def used(self) -> dict[str, dict[str, float]]:
         return {}
 
 

@@ -31,5 +31,5 @@ class Subject(Protocol):
     def services(self) -> list[ModelService]:
         """The current models, the default one first."""
 
-    def used(self) -> dict[str, tuple[int, ...]]:
+    def used(self) -> dict[str, dict[str, float]]:
         """The usage of each principal, by name; see `Frontend.used`."""

@@ -24,8 +24,8 @@ _REASONS: Final = ("idle", "client_gone", "expired", "state_lost")
 """The reasons for which streams are evicted."""
 
 
-Used: TypeAlias = Mapping[str, tuple[int, ...]]
-"""The fields of `wire.PRINCIPAL` by name."""
+Used: TypeAlias = Mapping[str, Mapping[str, float]]
+"""The numbers of principals, by the principal's name and the number's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,11 +135,6 @@ def _room(model: ModelNumbers) -> Labelled:
     return [((), float(len(model.service.engine.table.owner) - 1))]
 
 
-def _of_principals(place: int) -> Source:
-    """The field at a place of `wire.PRINCIPAL`, by principal."""
-    return lambda model: [((name,), float(used[place])) for name, used in model.used.items()]
-
-
 def _build(model: ModelNumbers) -> Labelled:
     about = model.service.about
     labels = about.fingerprint, about.exactness, about.arithmetic, about.device, _version("instep")
@@ -162,6 +157,13 @@ def _metric(
 
 def _histogram(name: str, help: str, source: str, scale: Scale = DURATION) -> Metric:
     return _metric(name, help, source, scale=scale)
+
+
+def _of_principals(number: str, help: str) -> Metric:
+    def values(model: ModelNumbers) -> Labelled:
+        return [((name,), used[number]) for name, used in model.used.items()]
+
+    return _metric(f"principal_{number}", help, values, ("principal",))
 
 
 METRICS: Final = (
@@ -221,11 +223,11 @@ METRICS: Final = (
     _metric("streams_hibernated_total", "Streams that left memory for the recording.", "hibernated_streams_total"),
     _metric("streams_woken_total", "Streams that came back into memory.", "woken_streams_total"),
     # Principals, at a server with keys
-    _metric("principal_frames_total", "Frames that a principal sent.", _of_principals(0), ("principal",)),
-    _metric("principal_refused_total", "Messages refused because of a quota.", _of_principals(1), ("principal",)),
-    _metric("principal_unread_bytes", "What the server keeps until it is read.", _of_principals(2), ("principal",)),
-    _metric("principal_connections", "Connections of a principal.", _of_principals(3), ("principal",)),
-    _metric("principal_streams", "Open streams, parked and hibernating ones too.", _of_principals(4), ("principal",)),
+    _of_principals("frames_total", "Frames that a principal sent."),
+    _of_principals("refused_total", "Messages refused because of a quota."),
+    _of_principals("unread_bytes", "What the server keeps until it is read."),
+    _of_principals("connections", "Connections of a principal."),
+    _of_principals("streams", "Open streams, parked and hibernating ones too."),
     # The recording
     _metric("recording_bytes", "Size of the recording."),
     _metric("recording_free_bytes", "Free on the disk of the recording."),

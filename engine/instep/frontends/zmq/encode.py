@@ -88,11 +88,9 @@ def ping(number: int) -> Message:
     return [wire.pack_header(Kind.PING, number)]
 
 
-def statistics(request: int, values: dict[str, float], used: Mapping[str, tuple[int, ...]]) -> Message:
-    """STATISTICS: [[name, value], …], and the fields of `wire.PRINCIPAL` of principals by name."""
-    records = np.array(list(used.values()), wire.PRINCIPAL)
-    header = wire.pack_header(Kind.STATISTICS, request, list(values.items()))
-    return [header, wire.pack_names(list(used)), records.tobytes()]
+def statistics(request: int, values: dict[str, float]) -> Message:
+    """STATISTICS: [[name, value], …]."""
+    return [wire.pack_header(Kind.STATISTICS, request, list(values.items()))]
 
 
 def listed(request: int, page: ListedPage) -> Message:

@@ -274,8 +274,10 @@ class ZmqFrontend:
                 page = served.service.listing.page(cursor, most, place, accepts, now_ns)
                 self._outbound.send(peer, encode.listed(header.request, page))
             case Kind.STATS:
-                used = self.used(peer.principal)
-                self._outbound.send(peer, encode.statistics(header.request, served.service.numbers(), used))
+                numbers = served.service.numbers()
+                for name, used in self.used(peer.principal).items():
+                    numbers |= {f'principal_{key}{{principal="{name}"}}': number for key, number in used.items()}
+                self._outbound.send(peer, encode.statistics(header.request, numbers))
             case Kind.MODELS:
                 may_use = self._may_use(peer.principal)
                 models = {each.service.name: each.summary() for each in self._models if may_use(each.service.name)}
@@ -291,10 +293,10 @@ class ZmqFrontend:
     def _may_use(self, principal: Principal) -> Callable[[str], bool]:
         return partial(allowed, principal, Verb.HELLO)
 
-    def used(self, asker: Principal = LOCAL) -> dict[str, tuple[int, ...]]:
+    def used(self, asker: Principal = LOCAL) -> dict[str, dict[str, float]]:
         counts = sum((each.service.listing.counts() for each in self._models), Counter[int]())
         shown = [each for each in self._usages if allowed_to_see(asker, each.principal.name)]
-        return {each.principal.name: each.as_record(counts[each.number]) for each in shown}
+        return {each.principal.name: each.numbers(counts[each.number]) for each in shown}
 
     def _check_unread(self, peer: Peer) -> None:
         if peer.usage.is_full:
