@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from instep import interrupts
+from instep.cluster.app import DIRECTORY_ENDPOINT
+from instep.cluster.app import app as cluster_app
 from instep.model_app import app as model_app
 from instep.replay.app import recordings as recordings_app
 from instep.replay.app import replay_from
@@ -57,6 +59,7 @@ app = CommandLine(
 )
 app.add_typer(model_app, name="model")
 app.add_typer(recordings_app, name="recordings")
+app.add_typer(cluster_app, name="cluster")
 keys_app = CommandLine(help="Make and show the keys by which servers and clients know each other.")
 app.add_typer(keys_app, name="keys")
 
@@ -64,6 +67,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
 Streams = Annotated[
     list[str], typer.Option(metavar="ID", help="Only the streams of this name or number; repeat for more.")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="A YAML file; configs/default.yaml explains every key.")
+]
+Settings = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Set any key, as in limits.max_idle_s=60; repeat for more."),
 ]
 
 
@@ -79,10 +89,7 @@ class Given:
 def _given(
     models: Annotated[list[Path], typer.Argument(metavar="MODEL", help="Model folders.")] = [],  # noqa: B006
     demo: Annotated[bool, typer.Option("--demo", help="Serve the model of `instep demo`.")] = False,
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", metavar="FILE", help="A YAML file; configs/default.yaml explains every key."),
-    ] = None,
+    config: ConfigFile = None,
     endpoint: Annotated[str | None, typer.Option(help="Where to listen: tcp://HOST:PORT or ipc://PATH.")] = None,
     http: Annotated[str | None, typer.Option(help="Where the admin server listens: HOST:PORT, or off.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
@@ -95,10 +102,7 @@ def _given(
     verify_live: Annotated[
         bool, typer.Option("--verify-live", help="Check served outputs in another process.")
     ] = False,
-    settings: Annotated[
-        list[str],
-        typer.Option("--set", metavar="KEY=VALUE", help="Set any key, as in limits.max_idle_s=60; repeat for more."),
-    ] = [],  # noqa: B006
+    settings: Settings = [],  # noqa: B006
 ) -> Given:
     from instep.demo import MODEL_FOLDER
 
@@ -115,12 +119,17 @@ def _given(
         "verify.live": "true" if verify_live else None,
     }
     flags = {key: value for key, value in named.items() if value is not None}
+    return Given(config, flags | _parse_settings(settings))
+
+
+def _parse_settings(settings: Sequence[str]) -> dict[str, str]:
+    flags = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
             raise typer.BadParameter(f"{setting} should look like limits.max_idle_s=60", param_hint="--set")
         flags[key] = text
-    return Given(config, flags)
+    return flags
 
 
 def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -187,6 +196,36 @@ def serve(
         from instep.server.serve import run
 
         raise typer.Exit(run(loaded, reread=read, restart=restart))
+
+
+@cluster_app.command(
+    examples=[
+        "instep cluster directory --store /var/lib/instep-directory --shards 12",
+        "instep cluster directory --store decisions --shards 4 --copies 0",
+    ]
+)
+def directory(
+    store: Annotated[Path, typer.Option(metavar="FOLDER", help="Where it stores what it decides.")],
+    shards: Annotated[int, typer.Option(min=1, max=4096, help="How many shards the cluster has, now and for good.")],
+    copies: Annotated[int, typer.Option(min=0, max=1, help="How many copies each shard has on other nodes.")] = 1,
+    endpoint: Annotated[str, typer.Option(help="Where to listen: tcp://HOST:PORT.")] = f"tcp://{DIRECTORY_ENDPOINT}",
+    adopt: Annotated[
+        str, typer.Option(metavar="NODE,NODE", help="After the store was lost: the nodes that have recordings.")
+    ] = "",
+    config: ConfigFile = None,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Run the directory of a cluster: it decides which node serves each shard, and which has its copy.
+
+    Run one for each cluster, and let a service manager start it again. While it is away, everything is served, and only
+    changes wait. SIGHUP reloads transport.peers_file. Exit status 0: it was stopped. 2: it could not start.
+    """
+    from instep.cluster.directory import run
+    from instep.config import load_config
+
+    loaded = load_config(config, {"transport.endpoint": endpoint, **_parse_settings(settings)})
+    with _logged(loaded.log):
+        raise typer.Exit(run(loaded, store, shards, copies, [name for name in adopt.split(",") if name]))
 
 
 @app.command(

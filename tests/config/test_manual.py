@@ -46,7 +46,7 @@ class TestTheManual:
                     comment = above.pop()
                 assert comment.startswith(f"  # {units[match[1]]}"), line
                 found += 1
-        assert found == 13
+        assert found == 15
 
     def test_loads_as_the_defaults(self) -> None:
         assert load_config(CONFIGS / "default.yaml") == Config() == load_config()

@@ -18,12 +18,15 @@ from instep.config import TransportConfig
 from instep.frontends.zmq.router import Router
 from instep.security.keys import ServerKeys
 from instep.security.policy import Verb, allowed
-from instep_client.key_files import ClientKeys
+from instep.security.principals import Principals
+from instep_client.key_files import ClientKeys, read_key_pair
+from instep_client.protocol.errors import InvalidInput
 
 _AT_ONCE: Final = 256
 _OPTIONS: Final = {
     zmq.LINGER: 0,
     zmq.IPV6: 1,
+    zmq.IMMEDIATE: 1,  # nothing waits for a connection, to arrive when it is not true any more
     zmq.RECONNECT_IVL: 50,
     zmq.HEARTBEAT_IVL: 500,  # else a machine that is gone would be noticed by TCP, after minutes
     zmq.HEARTBEAT_TIMEOUT: 2000,
@@ -94,7 +97,9 @@ class Listener:
         if (authenticator := self._router.authenticator) is None:
             return NodeRequest(connection, number, verb, arguments, "")
         authenticator.welcome(self._router.descriptor)
-        principal = authenticator.principals.by_key[self._router.key]
+        principal = authenticator.principals.by_key.get(self._router.key)
+        if principal is None:
+            return None
         request = NodeRequest(connection, number, verb, arguments, principal.name)
         if not allowed(principal, Verb.MANAGE if verb in self._for_operators else Verb.TAKE_PART):
             self.refuse(request, f"{principal.name} has the role {principal.role}, which may not ask for {verb!r:.40}")
@@ -112,6 +117,11 @@ class Listener:
     def tell(self, connection: bytes, value: Any) -> None:
         """Send what nobody asked for, or drop it if it cannot be sent now."""
         self._router.send(connection, [msgpack.packb([0, True, value])])
+
+    def admit(self, principals: Principals) -> None:
+        """Hear these from now on, where there are keys."""
+        if self._router.authenticator is not None:
+            self._router.authenticator.principals = principals
 
     def close(self) -> None:
         """End; answers get a second to leave."""
@@ -147,17 +157,16 @@ class Caller:
             socket.connect(self._endpoint)
         return self._socket
 
-    def send(self, verb: str, *arguments: Any) -> int:
-        """Send a request, and return its number; without a connection it waits for one, up to ZeroMQ's limit.
+    def send(self, verb: str, *arguments: Any, within_s: float = 0.0) -> int:
+        """Send a request, and return its number.
 
         Raises:
-            NoAnswer: when no more can wait.
+            NoAnswer: there has been no connection, or no room in its queue, within this time.
         """
         self._number += 1
-        try:
-            self.socket.send(msgpack.packb([self._number, verb, *arguments]), zmq.NOBLOCK)
-        except zmq.Again:
-            raise NoAnswer(f"{self._endpoint} takes nothing more") from None
+        if not self.socket.poll(round(within_s * 1000), zmq.POLLOUT):
+            raise NoAnswer(f"{self._endpoint} cannot be reached")
+        self.socket.send(msgpack.packb([self._number, verb, *arguments]), zmq.NOBLOCK)
         return self._number
 
     def receive(self, within_s: float) -> tuple[int, Any] | None:
@@ -177,11 +186,11 @@ class Caller:
         """Send a request, and return its answer. Late answers to earlier ones are dropped.
 
         Raises:
-            NoAnswer: none has come within this time; the request is not sent any more if it has not been.
-            Rejected: with the sentence.
+            NoAnswer: none has come within this time.
+            Rejected: with the sentence; also of an earlier request whose answer was not waited for.
         """
         until_s = time.monotonic() + within_s
-        number = self.send(verb, *arguments)
+        number = self.send(verb, *arguments, within_s=within_s)
         while (answer := self.receive(until_s - time.monotonic())) is not None:
             if answer[0] == number:
                 return answer[1]
@@ -211,3 +220,17 @@ def unpack(parts: list[bytes]) -> list[Any]:
     if not isinstance(message, list):
         raise ValueError("not a list")
     return message
+
+
+def keys_for(transport: TransportConfig, name: str) -> ClientKeys | None:
+    """The keys by which a node connects to another one, or to the directory, of this name; None without keys.
+
+    Raises:
+        InvalidInput: a file cannot be used, or nobody has that name.
+    """
+    if transport.key_file is None or transport.peers_file is None:
+        return None
+    peer = Principals.read(transport.peers_file).by_name.get(name)
+    if peer is None:
+        raise InvalidInput(f"transport.peers_file {transport.peers_file}: it has no {name}, whose public key is needed")
+    return peer.key, *read_key_pair(transport.key_file)

@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from instep.config.sections import NO_RECORDING, Config, LogConfig
 
 _PREFIX: Final = "INSTEP_"
-_CLIENTS: Final = ("INSTEP_ENDPOINT", "INSTEP_MODEL", "INSTEP_KEY_FILE", "INSTEP_SERVER_KEY")
+_CLIENTS: Final = ("INSTEP_ENDPOINT", "INSTEP_MODEL", "INSTEP_KEY_FILE", "INSTEP_SERVER_KEY", "INSTEP_DIRECTORY")
 """Environment variables with the prefix that are for clients."""
 _PLACES: Final = (
     "model.folder",

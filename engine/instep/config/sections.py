@@ -274,6 +274,15 @@ class AuditConfig(Section):
     file: Path | None = None
 
 
+class ClusterConfig(Section):
+    """A cluster: how long silence is waited for, and what a shard may do without."""
+
+    dead_s: Annotated[float, Field(ge=0.5, le=3600)] = 3.0
+    copy_timeout_s: Annotated[float, Field(ge=0.1, le=3600)] = 2.0
+    needs_copy: bool = False
+    accept_numerics_change: bool = False
+
+
 class Config(Section):
     """The complete configuration; one that contradicts itself cannot be made."""
 
@@ -287,6 +296,7 @@ class Config(Section):
     shutdown: ShutdownConfig = ShutdownConfig()
     log: LogConfig = LogConfig()
     audit: AuditConfig = AuditConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _verifies_what_is_recorded(self) -> Self:

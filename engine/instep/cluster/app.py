@@ -1,0 +1,151 @@
+"""The commands `instep cluster` that ask the directory; `instep.cli` has those that need a configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Final
+
+import typer
+
+from instep_tools.command_line import CommandLine, KeyFile, ServerKey, parameter, typed_as
+
+DIRECTORY_ENDPOINT: Final = "127.0.0.1:5750"
+
+app = CommandLine(help="Serve shards on several machines, each with a copy on another one.")
+
+ShardNumber = Annotated[int, typer.Argument(metavar="SHARD", min=0, help="The number of the shard.")]
+Node = Annotated[str, typer.Argument(metavar="NODE", help="The name of the node.")]
+DirectoryAt = Annotated[
+    str, typer.Option("--directory", envvar="INSTEP_DIRECTORY", metavar="HOST:PORT", help="Where the directory is.")
+]
+
+Ask = Callable[..., Any]
+"""Asks the directory, and returns its answer."""
+
+
+def asks_directory(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's first parameter, an `Ask`, by the options that it needs."""
+
+    def run(directory: str, key_file: str, server_key: str, **own: Any) -> None:
+        command(partial(_ask, directory, key_file, server_key), **own)
+
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
+    options = [
+        parameter("directory", DIRECTORY_ENDPOINT, DirectoryAt),
+        parameter("key_file", "", KeyFile),
+        parameter("server_key", "", ServerKey),
+    ]
+    return typed_as(run, command, [*own, *options])
+
+
+@app.command(examples=["instep cluster status", "instep cluster status --directory 10.0.0.1:5750 --json"])
+@asks_directory
+def status(
+    ask: Ask,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Show where every shard is served, where its copy is, and what is wrong.
+
+    Exit status 0: every shard is served. 1: one is not. 2: the directory did not answer.
+    """
+    from instep_tools.terminal import Terminal
+
+    found, terminal = ask("status"), Terminal(json)
+    if json:
+        terminal.result(found)
+    else:
+        if found["problem"]:
+            terminal.error(found["problem"])
+        shards = [
+            (str(each["shard"]), str(each["term"]), each["server"], each["copy"] or _wanted(each), _note(each))
+            for each in found["shards"]
+        ]
+        terminal.table(("shard", "term", "server", "copy", ""), shards, slice(2))
+        terminal.say("")
+        nodes = [
+            (each["node"], each["address"], str(each["servers"]), str(each["copies"]), _state(each))
+            for each in found["nodes"]
+        ]
+        terminal.table(("node", "address", "servers", "copies", ""), nodes, slice(2, 4))
+    raise typer.Exit(int(any(shard["problem"] for shard in found["shards"])))
+
+
+def _wanted(shard: dict[str, Any]) -> str:
+    return f"({shard['joining']})" if shard["joining"] else ""
+
+
+def _note(shard: dict[str, Any]) -> str:
+    alone = f"without a copy for {shard['alone_s']:.0f} s" if shard["alone_s"] >= 1 else ""
+    target = f"moves to {shard['target']}" if shard["target"] else ""
+    return shard["problem"] or "; ".join(filter(None, (target, alone)))
+
+
+def _state(node: dict[str, Any]) -> str:
+    return ", ".join([*(["lost"] if not node["alive"] else []), *(["drained"] if node["drained"] else [])])
+
+
+@app.command(examples=["instep cluster move 3 n2"])
+@asks_directory
+def move(
+    ask: Ask,
+    shard: ShardNumber,
+    node: Node,
+) -> None:
+    """Have another node serve a shard, without losing a frame: its streams wait for about half a second.
+
+    Exit status 0: the move has begun, see `instep cluster status`. 2: it is not possible.
+    """
+    ask("move", shard, node)
+
+
+@app.command(examples=["instep cluster drain n2"])
+@asks_directory
+def drain(ask: Ask, node: Node) -> None:
+    """Move all servers and copies away from a node, one after another, so that it can be stopped.
+
+    Exit status 0: it has begun; `instep cluster status` shows when nothing is left. 2: there is no such node.
+    """
+    ask("drain", node)
+
+
+@app.command(examples=["instep cluster undrain n2"])
+@asks_directory
+def undrain(ask: Ask, node: Node) -> None:
+    """Use a node again after `instep cluster drain`.
+
+    Exit status 0: done. 2: it is not drained.
+    """
+    ask("undrain", node)
+
+
+@app.command("accept-loss", examples=["instep cluster accept-loss 3 n2"])
+@asks_directory
+def accept_loss(
+    ask: Ask,
+    shard: ShardNumber,
+    node: Node,
+) -> None:
+    """Serve a shard whose server and copy are both lost from what a node has of it, which may be older or nothing.
+
+    Streams whose newest frames are lost get DATA_LOSS. Exit status 0: done. 2: it is not needed, or not possible.
+    """
+    ask("accept_loss", shard, node)
+
+
+def _ask(directory: str, key_file: str, server_key: str, verb: str, *arguments: Any) -> Any:
+    from instep.cluster.talk import Caller, NoAnswer, Rejected
+    from instep_client.key_files import read_client_keys
+    from instep_tools.problems import CommandProblem
+
+    caller = Caller(f"tcp://{directory}", read_client_keys(key_file, server_key))
+    try:
+        return caller.ask(verb, *arguments, within_s=3.0)
+    except NoAnswer:
+        keys = "" if key_file else ", or has keys: give --key-file and --server-key"
+        raise CommandProblem(f"the directory at {directory} does not answer{keys}") from None
+    except Rejected as error:
+        raise CommandProblem(str(error)) from None
+    finally:
+        caller.close()

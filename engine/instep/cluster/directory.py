@@ -1,0 +1,314 @@
+"""The directory: the rules of `instep.cluster.rules` with a clock, a store and a socket."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import signal
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from instep.cluster.rules import Assignments, ClusterRefused, NodeReport, ShardRole
+from instep.cluster.talk import Caller, Listener, NoAnswer, NodeRequest, Rejected
+from instep.config import Config
+from instep.frontends import CannotListen
+from instep.security.keys import ServerKeys
+from instep.security.principals import Principals
+from instep.server.checks import CannotServe
+from instep.server.log import make_log
+from instep_client.protocol.errors import InvalidInput
+
+TICK_S: Final = 0.1
+_BY_SERVERS: Final = ("begins", "attached", "dropped", "behind")
+_BY_OPERATORS: Final = ("move", "drain", "undrain", "accept_loss")
+_ASK_WITHIN_S: Final = 2.0
+
+
+class Store:
+    """A folder with a small JSON file for each row, which only one directory uses at a time.
+
+    Raises:
+        CannotServe: the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, log: structlog.stdlib.BoundLogger) -> None:
+        self._folder, self._log = folder, log
+        self.problem = ""
+        """Why the newest row could not be stored; empty if it was."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.rows = {file.stem: dict(json.loads(file.read_text())) for file in folder.glob("*.json")}
+        except BlockingIOError:
+            os.close(self._descriptor)
+            raise CannotServe(f"another directory uses {folder}: a cluster has one") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise CannotServe(f"the store of the directory, {folder}, cannot be read: {error}") from None
+
+    def put(self, key: str, row: Mapping[str, Any]) -> None:
+        """Keep a row for good.
+
+        Raises:
+            OSError: it may not be kept.
+        """
+        new = self._folder / f"{key}.new"
+        try:
+            with new.open("w") as file:
+                json.dump(row, file)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(self._folder / f"{key}.json")
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self.problem = f"the directory cannot store what it decides: {error}"
+            raise
+        self.problem = ""
+        if event := row.get("event"):
+            about = {name: row[name] for name in ("term", "server", "copy", "joining", "target") if row[name]}
+            self._log.info(event, shard=int(key.removeprefix("shard-")), **about)
+
+    def close(self) -> None:
+        """Let another directory use the folder."""
+        os.close(self._descriptor)
+
+
+class Directory:
+    """Answers agents, servers and operators, and decides ten times a second."""
+
+    def __init__(self, rules: Assignments, store: Store, listener: Listener, log: structlog.stdlib.BoundLogger) -> None:
+        self._rules, self._store, self._listener, self._log = rules, store, listener, log
+        self._run_id = secrets.token_hex(4)
+        self._agents: dict[str, bytes] = {}
+        """The connection of each node's agent."""
+        self._told = ""
+        self._reported = ""
+        self._ends = False
+
+    @property
+    def endpoint(self) -> str:
+        """Where it listens."""
+        return self._listener.endpoint
+
+    def run(self) -> None:
+        """Serve until `stop` is called."""
+        decide_at = 0.0
+        while not self._ends:
+            for request in self._listener.requests(TICK_S):
+                self._take(request)
+            if (now := time.monotonic()) >= decide_at:
+                decide_at = now + TICK_S
+                try:
+                    self._rules.decide(now)
+                except OSError:
+                    self._report_store()
+            if self._told != self._version:
+                self._told = self._version
+                for node, connection in self._agents.items():
+                    self._listener.tell(connection, self._news(node))
+        self._listener.close()
+        self._store.close()
+
+    def stop(self) -> None:
+        """End soon; servers go on, and only changes wait until there is a directory again."""
+        self._ends = True
+
+    def admit(self, peers_file: Path) -> None:
+        """Read the file of peers again; a broken one changes nothing."""
+        try:
+            self._listener.admit(Principals.read(peers_file))
+            self._log.info("peers reloaded")
+        except InvalidInput as error:
+            self._log.error("peers not reloaded", reason=str(error))
+
+    def _take(self, request: NodeRequest) -> None:
+        try:
+            self._listener.answer(request, self._answer(request))
+        except ClusterRefused as error:
+            self._listener.refuse(request, str(error))
+        except OSError:
+            self._report_store()
+            self._listener.refuse(request, self._store.problem)
+        except (TypeError, ValueError, IndexError, KeyError) as error:
+            self._log.warning(
+                "malformed request", verb=request.verb[:40], principal=request.principal, error=repr(error)
+            )
+            self._listener.refuse(
+                request, f"{request.verb!r:.40} is not a request of this version with these arguments"
+            )
+
+    def _answer(self, request: NodeRequest) -> Any:
+        verb, arguments = request.verb, request.arguments
+        if verb == "heard":
+            return self._hear(request, *arguments)
+        if verb == "status":
+            return self._status()
+        if not all(type(each) is str or (type(each) is int and each >= 0) for each in arguments):
+            raise TypeError("not numbers and names")
+        if verb == "shards":
+            return self._rules.count
+        if verb in _BY_SERVERS:
+            shard = arguments[0]
+            if request.principal not in ("", self._rules.shards[shard].server):
+                return None if verb == "begins" else False
+            answer = getattr(self._rules, verb)(*arguments)
+            return _with_port(answer, self._rules.count) if isinstance(answer, ShardRole) else answer
+        if verb in _BY_OPERATORS:
+            self._log.info(verb, arguments=arguments, principal=request.principal or "local")
+            return getattr(self._rules, verb)(*arguments)
+        raise ValueError("unknown verb")
+
+    def _hear(self, request: NodeRequest, about: list[Any], news: dict[str, Any], told: str) -> Any:
+        name, address, version, numerics, has = about
+        if request.principal not in ("", name):
+            raise ClusterRefused("OTHER_NAME", f"the key is that of {request.principal}, and the node is called {name}")
+        found = {shard: (term, position) for shard, term, position in has}
+        report = NodeReport(name, address, version, numerics, found)
+        self._rules.heard(report, time.monotonic())
+        self._agents[report.name] = request.connection
+        for shard, term, endpoint in news["serves"]:
+            self._rules.serves(shard, term, report.name, endpoint)
+        for shard, term in news["ended"]:
+            self._rules.ended(shard, term)
+        for shard, term in news["gone"]:
+            self._rules.gone(shard, term)
+        return self._news(report.name) if told != self._version else None
+
+    def _status(self) -> dict[str, Any]:
+        shards: list[dict[str, Any]] = []
+        for shard, each in enumerate(self._rules.status()):
+            others = {"endpoint": each.endpoint, "alone_s": each.alone_s, "problem": each.problem}
+            shards.append({"shard": shard, **each.assignment._asdict(), **others})
+        servers = Counter(each["server"] for each in shards)
+        copies = Counter(each["copy"] or each["joining"] for each in shards)
+        nodes = [
+            {
+                "node": name,
+                "address": node.report.address,
+                "numerics": node.report.numerics,
+                "alive": self._rules.is_alive(name),
+                "drained": name in self._rules.drained,
+                "servers": servers[name],
+                "copies": copies[name],
+            }
+            for name, node in sorted(self._rules.nodes.items())
+        ]
+        return {"shards": shards, "nodes": nodes, "problem": self._store.problem}
+
+    @property
+    def _version(self) -> str:
+        return f"{self._run_id}-{self._rules.version}"
+
+    def _news(self, node: str) -> list[Any]:
+        table = self._rules.table()
+        roles = [_with_port(role, self._rules.count) for role in self._rules.roles(node)]
+        return [self._version, roles, table.terms.tolist(), table.endpoints]
+
+    def _report_store(self) -> None:
+        if self._reported != self._store.problem:
+            self._reported = self._store.problem
+            self._log.error("not stored", reason=self._store.problem)
+
+
+def _with_port(role: ShardRole, count: int) -> ShardRole:
+    """The role with the endpoint at which the other node takes copies of the shard: above the ports of servers."""
+    host, _, port = role.address.rpartition(":")
+    return role._replace(address=f"tcp://{host}:{int(port) + count + role.shard}") if host else role
+
+
+def make_directory(
+    config: Config,
+    folder: Path,
+    log: structlog.stdlib.BoundLogger,
+    *,
+    shards: int,
+    copies: int,
+    adopt: Collection[str],
+) -> Directory:
+    """Make a directory that is bound and does not answer yet; see `Assignments`.
+
+    Raises:
+        CannotServe, InvalidInput: it cannot start.
+    """
+    store, keys = Store(folder, log), ServerKeys.read(config.transport)
+    try:
+        rules = Assignments(
+            shards,
+            store.put,
+            store.rows,
+            copies=copies,
+            dead_s=config.cluster.dead_s,
+            min_nodes=1 + copies,
+            needs_copy=config.cluster.needs_copy,
+            accept_numerics_change=config.cluster.accept_numerics_change,
+            adopt=adopt,
+        )
+        listener = Listener(config.transport, keys, frozenset({"status", *_BY_OPERATORS}))
+    except OSError:
+        raise CannotServe(store.problem) from None
+    except (CannotListen, ClusterRefused) as error:
+        raise CannotServe(str(error)) from None
+    return Directory(rules, store, listener, log)
+
+
+def run(config: Config, folder: Path, shards: int, copies: int, adopt: Collection[str]) -> int:
+    """Serve as the directory until SIGTERM or SIGINT; return the exit status.
+
+    Raises:
+        CannotServe, InvalidInput: it cannot start.
+    """
+    log = make_log(config.log)
+    directory = make_directory(config, folder, log, shards=shards, copies=copies, adopt=adopt)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: directory.stop())
+    if (peers_file := config.transport.peers_file) is not None:
+        signal.signal(signal.SIGHUP, lambda *_: directory.admit(peers_file))
+    log.info("directory", endpoint=directory.endpoint, shards=shards, copies=copies, store=str(folder))
+    directory.run()
+    return 0
+
+
+class DirectoryClient:
+    """What a server asks the directory; each method returns when it has answered, however long it is away."""
+
+    def __init__(self, caller: Caller, log: structlog.stdlib.BoundLogger) -> None:
+        self._caller, self._log = caller, log
+
+    def shards(self) -> int:
+        """The number of shards of the cluster."""
+        return int(self._ask("shards"))
+
+    def begins(self, shard: int, term: int, node: str) -> ShardRole | None:
+        """See `Assignments.begins`."""
+        role = self._ask("begins", shard, term, node)
+        return None if role is None else ShardRole(*role)
+
+    def attached(self, shard: int, term: int, attempt: int) -> bool:
+        """See `Assignments.attached`."""
+        return bool(self._ask("attached", shard, term, attempt))
+
+    def dropped(self, shard: int, term: int, attempt: int) -> bool:
+        """See `Assignments.dropped`."""
+        return bool(self._ask("dropped", shard, term, attempt))
+
+    def behind(self, shard: int, term: int, attempt: int) -> bool:
+        """See `Assignments.behind`."""
+        return bool(self._ask("behind", shard, term, attempt))
+
+    def _ask(self, verb: str, *arguments: Any) -> Any:
+        reported = False
+        while True:
+            try:
+                return self._caller.ask(verb, *arguments, within_s=_ASK_WITHIN_S)
+            except (NoAnswer, Rejected) as error:
+                if not reported:
+                    self._log.warning("waits for the directory", asks=verb, reason=str(error))
+                reported = True
+                time.sleep(TICK_S)
