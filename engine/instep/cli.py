@@ -148,6 +148,7 @@ def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
     examples=[
         "instep serve my-model --record today.instep",
         "instep serve ears vowels --record recordings",
+        "instep serve my-model --shards 4 --record recordings",
         "instep serve --config instep.yaml --check",
         "instep serve my-model --set engine.max_streams=100000 --set limits.park_s=60",
     ]
@@ -157,6 +158,9 @@ def serve(
     given: Given,
     *,
     restart: Annotated[bool, typer.Option("--restart", help="Restart the server after a crash.")] = False,
+    shards: Annotated[
+        int, typer.Option("--shards", min=1, max=4096, help="Serve by this number of servers, at successive ports.")
+    ] = 1,
     check: Annotated[bool, typer.Option("--check", help="Check that the server could start, and exit.")] = False,
 ) -> None:
     """Serve one or more models to many streams.
@@ -176,6 +180,7 @@ def serve(
             raise
     if check:
         loaded = loaded.model_copy(update={"log": loaded.log.model_copy(update={"file": None})})  # it writes nothing
+    from instep.cluster import shards as cluster
     from instep.server.checks import CannotServe, before_loading, rehearse, settle
     from instep.server.log import make_log
 
@@ -186,13 +191,16 @@ def serve(
     with _logged(loaded.log):
         for sentence in unknown_variables():
             log.warning("unknown setting", reason=sentence)
-        found = before_loading(loaded, restart=restart)
+        found = cluster.findings(loaded, shards) if shards > 1 else before_loading(loaded, restart=restart)
         settle((each for each in found if each.severity == "problem"), log)  # before PyTorch, which takes seconds
         for _, folder in loaded.model.folders:
             log.info("loading", model=str(folder))
+        if check and shards > 1:
+            return cluster.rehearse(loaded, shards, log)
         if check:
-            rehearse(loaded, log, restart=restart)
-            return
+            return rehearse(loaded, log, restart=restart)
+        if shards > 1:
+            raise typer.Exit(cluster.run(loaded, shards, reread=read))
         from instep.server.serve import run
 
         raise typer.Exit(run(loaded, reread=read, restart=restart))

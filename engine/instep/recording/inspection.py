@@ -107,7 +107,7 @@ def facts(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def recordings_in(folder: Path) -> list[Path]:
-    """The recordings in a folder by name, and files `*.instep` that do not begin like a recording.
+    """The recordings in a folder and in its folders `shard-K`, and files `*.instep` that do not begin like a recording.
 
     Files with another suffix that cannot be read, and incomplete files, are left out.
 
@@ -115,7 +115,8 @@ def recordings_in(folder: Path) -> list[Path]:
         RecordingError: when the folder cannot be read.
     """
     try:
-        files = (path for path in folder.iterdir() if path.is_file())
+        folders = (folder, *folder.glob("shard-*/"))
+        files = (path for each in folders for path in each.iterdir() if path.is_file())
         return sorted(path for path in files if path.suffix == SUFFIX or (not is_part(path) and _begins_as_one(path)))
     except OSError as error:
         raise RecordingError(f"cannot read the folder {folder}: {error.strerror}") from None

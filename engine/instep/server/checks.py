@@ -28,7 +28,7 @@ from instep.recording.lock import check_not_written
 from instep.runtime.executor import usable_cores
 from instep.security.authenticator import MAX_FILES
 from instep.security.keys import ServerKeys
-from instep.server.recording_files import check_several
+from instep.server.recording_files import check_several, shards_in
 from instep_client.protocol.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -57,8 +57,10 @@ class Finding(NamedTuple):
         return f"{self.what}: {self.cure}" if self.cure else self.what
 
 
-def before_loading(config: Config, *, restart: bool = False) -> Iterator[Finding]:
+def before_loading(config: Config, *, restart: bool = False, shards: int = 1) -> Iterator[Finding]:
     """Check everything that needs no loaded model, without writing anything; `restart` is as in `serve.run`."""
+    if config.recording.file is not None:
+        yield from other_shards(config.recording.file, shards)
     for check in (_folders, _recording, _audit, _ports, _secrets, _memory, _disk, _cores, _open_files):
         yield from check(config)
     if restart and config.transport.endpoint.endswith(":*"):
@@ -67,6 +69,13 @@ def before_loading(config: Config, *, restart: bool = False) -> Iterator[Finding
     if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
         what = "NUMBA_DISABLE_JIT is set, so the hot path runs as ordinary Python, some hundred times as slow"
         yield Finding("warning", what, "unset it")
+
+
+def other_shards(folder: Path, shards: int) -> Iterator[Finding]:
+    """Refuse a folder with the recordings of another number of shards."""
+    if (recorded := shards_in(folder)) not in (0, shards):
+        what = f"the recordings in {folder} are of {recorded} shards, not {shards}"
+        yield Finding("problem", what, "a stream would be looked for in the wrong one")
 
 
 def settle(findings: Iterable[Finding], log: structlog.stdlib.BoundLogger) -> None:
@@ -113,15 +122,26 @@ def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool
     Raises:
         CannotServe: when the server could not start.
     """
-    from instep.frontends.http.admin import bind
-    from instep.frontends.zmq.router import Router
-    from instep.server.preparation import log_of, prepare
-    from instep.server.recordings import find_recording
-    from instep.server.services import effective_limits
+    from instep.server.preparation import prepare
 
     settle(before_loading(config, restart=restart), log)
     prepared = prepare(config, log, restart=restart)
     settle(with_all_streams(config, prepared), log)
+    rehearse_server(config, prepared, log)
+
+
+def rehearse_server(config: Config, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger) -> None:
+    """Read the recordings of prepared models as far as a start does, and try the endpoints.
+
+    Raises:
+        CannotServe: when the server could not start.
+    """
+    from instep.frontends.http.admin import bind
+    from instep.frontends.zmq.router import Router
+    from instep.server.preparation import log_of
+    from instep.server.recordings import find_recording
+    from instep.server.services import effective_limits
+
     is_only = len(prepared) == 1
     try:
         for each in prepared:

@@ -76,8 +76,8 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool 
                     check_not_written(each)
         if restart and find_device(config.engine.device).type != "cpu":
             raise CannotServe(
-                "--restart forks the server with its model loaded, which needs engine.device cpu; leave it out, and "
-                "let systemd restart the server"
+                "--restart and --shards fork servers with their models loaded, which needs engine.device cpu; leave "
+                "them out, and let systemd restart the server"
             )
         check_arithmetic()
         networks = [_network(config, model, log_of(model.name, log, is_only=is_only)) for model, _ in loaded]

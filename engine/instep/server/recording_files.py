@@ -18,6 +18,8 @@ from instep.recording.lock import is_being_written
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import MOVED_EVENT, RecordingHeader, read_moved_detail
 
+SHARDS_FILE: Final = "shards"
+"""The file next to the recordings of shards, with their number."""
 _MOST_BYTES: Final = 200
 """The longest file name, because SQLite and the lock append suffixes."""
 
@@ -46,6 +48,14 @@ def check_several(place: Path, *, is_only: bool) -> None:
             f"{place} is not a folder, and each of several models, or versions of one, is recorded in a file of its "
             "own: start the server with --record FOLDER, a folder that exists"
         )
+
+
+def shards_in(folder: Path) -> int:
+    """The number of shards whose recordings are in a folder; 0 if there are none."""
+    try:
+        return int((folder / SHARDS_FILE).read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -268,10 +268,10 @@ class Launch:
     is_supervised: bool
     """Whether the server is started again when a signal kills it."""
     has_terminal: bool
-    number: int = 0
-    """The number of the server among those that are forked."""
-    shard: Shard | None = None
-    """Its place in a cluster; None for a server on its own."""
+    shard: Shard = field(default_factory=Shard)
+    """The server's place in a cluster."""
+    steps_apart: bool | None = None
+    """Whether steps get a process of their own; None to choose it by the device."""
 
 
 @contextlib.contextmanager
@@ -398,7 +398,7 @@ async def _serve(
 ) -> int:
     log = launch.log
     allow_open_files(config.limits.max_connections + files_kept_back(config))
-    server = make_server(config, prepared, log, shard=launch.shard)
+    server = make_server(config, prepared, log, forks=launch.steps_apart, shard=launch.shard)
     server.unread, server.loader.problem = unread, problem
     if problem:
         log.error("models not reloaded", reason=problem)
@@ -433,7 +433,7 @@ async def _serve(
             loop.add_signal_handler(number, call)
     _say_what_is_served(server, prepared, log)
     names = ", ".join(each.model.name for each in prepared)
-    launch.service_manager.serving(f"serving {names} at {server.endpoint}", launch.number)
+    launch.service_manager.serving(f"serving {names} at {server.endpoint}", launch.shard.number)
     on_ready(server.endpoint)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     with torch.inference_mode():  # of the loop's thread, once: each short run would be longer by it

@@ -130,7 +130,7 @@ def _bury(child: Child, status: int, is_ending: bool, heard: set[signal.Signals]
         if is_ending or not child.deaths or code != _COULD_NOT_START:
             child.status = code
             if not (is_only or is_ending or child.is_helper):
-                child.log.error("not restarted", reason=f"{child.name} ended with status {code}; the others go on")
+                child.log.error("failed", reason=f"{child.name} ended with status {code}; the others go on")
             return
     else:
         number = os.WTERMSIG(status)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 import anyio
@@ -24,6 +26,8 @@ from instep.frontends.http.security import DEFAULT, KEPT_FOR_HEALTH, MOST_REQUES
 from instep.frontends.http.status import ServerStatus
 from instep.frontends.http.streams import Inspector
 
+UNIX: Final = "unix:"
+"""The beginning of an endpoint that is the path of a Unix socket, which only the servers of one command have."""
 MOST_CONNECTIONS: Final = MOST_REQUESTS + KEPT_FOR_HEALTH
 MOST_HEAD_BYTES: Final = 16_384
 """The size limit of a request's line and headers while they are incomplete."""
@@ -46,6 +50,8 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | N
     """
     if config.endpoint is None:
         return None
+    if config.endpoint.startswith(UNIX):
+        return _bind_unix(config.endpoint.removeprefix(UNIX))
     host, port = host_and_port(config.endpoint)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -75,6 +81,24 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | N
     return listener
 
 
+def _bind_unix(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    with suppress(FileNotFoundError):
+        os.unlink(path)  # that of a server that was killed
+    listener.setblocking(False)
+    listener.bind(path)
+    listener.listen(_BACKLOG)
+    return listener
+
+
+def address(listener: socket.socket) -> tuple[str, str]:
+    """The host at which a socket listens, and its URL; a Unix socket is at localhost."""
+    if listener.family == socket.AF_UNIX:
+        return "localhost", f"{UNIX}{listener.getsockname()}"
+    host, port = listener.getsockname()[:2]
+    return host, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 class AdminServer:
     """Shows a server and its models over HTTP.
 
@@ -88,8 +112,7 @@ class AdminServer:
         subject: Subject,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
-        host, port = listener.getsockname()[:2]
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        host, self.url = address(listener)
         status, inspector = ServerStatus(subject), Inspector(subject)
         self._events = Events(status, inspector)
         app = make_app(subject, status, inspector, self._events, log)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from difflib import get_close_matches
 from typing import Any, Final
 
@@ -79,19 +79,7 @@ def make_app(
     async def page(request: Request) -> Response:
         return await files.get_response(request.path_params.get("file", "index.html"), request.scope)
 
-    async def refused(request: Request, error: Any) -> Response:
-        assert isinstance(error, HttpError)
-        return error.response()
-
-    async def no_such_path(request: Request, error: Any = None) -> Response:
-        close = get_close_matches(request.url.path[:80], (*_PATHS, *_OTHER_NAMES), n=1)
-        meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(_PATHS)}"
-        return HttpError(404, "NOT_FOUND", f"there is no path {request.url.path[:80]!r}: {meant}").response()
-
-    async def bug(request: Request, error: Exception) -> Response:
-        log.error("bug in the admin server", path=request.url.path, exc_info=error)
-        return HttpError(500, "INTERNAL", "a bug in the admin server; its log says more").response()
-
+    handlers = error_handlers(_PATHS, log)
     routes = [
         _route("/healthz", alive),
         _route("/v2/health/live", alive),
@@ -101,18 +89,34 @@ def make_app(
         _route("/metrics", metrics),
         _route("/api/history", history, "model"),
         _route("/api/streams", streams, "model", "prefix", "state", "limit", "cursor"),
-        Route("/api/streams/", no_such_path),  # no stream has an empty name
+        Route("/api/streams/", handlers[HTTPException]),  # no stream has an empty name
         _route("/api/streams/{name:path}", stream, "model"),
         _route("/api/events", listen, "model", "stream"),
         _route("/", page),
         _route("/static/{file:path}", page),
     ]
-    app = Starlette(
-        routes=routes,
-        exception_handlers={HttpError: refused, HTTPException: no_such_path, Exception: bug},
-    )
+    app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False  # a wrong path gets a sentence
     return app
+
+
+def error_handlers(paths: Sequence[str], log: structlog.stdlib.BoundLogger) -> dict[Any, Any]:
+    """The answers to exceptions: HttpError, a path that is not one of these, and bugs, which are logged."""
+
+    async def refused(request: Request, error: Any) -> Response:
+        assert isinstance(error, HttpError)
+        return error.response()
+
+    async def no_such_path(request: Request, error: Any = None) -> Response:
+        close = get_close_matches(request.url.path[:80], (*paths, *_OTHER_NAMES), n=1)
+        meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(paths)}"
+        return HttpError(404, "NOT_FOUND", f"there is no path {request.url.path[:80]!r}: {meant}").response()
+
+    async def bug(request: Request, error: Exception) -> Response:
+        log.error("bug in the admin server", path=request.url.path, exc_info=error)
+        return HttpError(500, "INTERNAL", "a bug in the admin server; its log says more").response()
+
+    return {HttpError: refused, HTTPException: no_such_path, Exception: bug}
 
 
 def _route(path: str, answer: Callable[[Request], Awaitable[Response]], *parameters: str) -> Route:

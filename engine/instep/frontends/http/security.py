@@ -22,7 +22,7 @@ from instep_client.protocol.errors import InvalidInput
 
 DEFAULT: Final = HttpConfig().endpoint
 _METHODS: Final = ("GET", "HEAD")
-_HEALTH: Final = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
+HEALTH: Final = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 """Paths that need no token: whatever looks after processes has none."""
 _LEAST_TOKEN: Final = 16
 _TOKEN_LINE: Final = re.compile(rf"((?P<name>[A-Za-z0-9._-]+):\s+)?(?P<token>[!-~]{{{_LEAST_TOKEN},}})")
@@ -103,7 +103,7 @@ class Guard:
                 headers.setdefault("cache-control", "no-cache" if scope["path"].startswith("/static/") else "no-store")
             await send(message)
 
-        app, counted = self._app, scope["path"] not in _HEALTH
+        app, counted = self._app, scope["path"] not in HEALTH
         try:
             self._check(scope)
         except HttpError as error:
@@ -115,7 +115,7 @@ class Guard:
             self._under_way -= counted
 
     def _check(self, scope: Scope) -> None:
-        if scope["path"] in _HEALTH:
+        if scope["path"] in HEALTH:
             return self._check_request(scope)
         if self._under_way >= MOST_REQUESTS:
             sentence = f"{MOST_REQUESTS} requests are being answered already: end one, and try again"
@@ -142,7 +142,7 @@ class Guard:
         is_other_site = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if is_other_site and headers.get("sec-fetch-mode") != "navigate":  # what a link leads to, no page can read
             raise HttpError(403, "OTHER_SITE", "pages of other sites get no answers: open the address itself")
-        if self.tokens is not None and scope["path"] not in _HEALTH:
+        if self.tokens is not None and scope["path"] not in HEALTH:
             self._check_token(_shown_token(headers.get("authorization", "")))
 
     def _check_token(self, shown: str) -> None:

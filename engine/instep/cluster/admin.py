@@ -1,0 +1,191 @@
+"""The admin server of all shards: it asks the admin server of each shard over a Unix socket, and answers for all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+from collections.abc import AsyncIterator, Sequence
+from html import escape
+from typing import Any, Final
+
+import structlog
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+from instep.config import HttpConfig
+from instep.config.endpoint import is_loopback_host
+from instep.frontends import CannotListen
+from instep.frontends.http.admin import address, bind, close_server, make_server
+from instep.frontends.http.answers import STATIC, HttpError, json_answer
+from instep.frontends.http.app import error_handlers
+from instep.frontends.http.metrics import CONTENT_TYPE
+from instep.frontends.http.security import HEALTH, Guard, read_tokens
+from instep.server.checks import CannotServe
+from instep_client.protocol.errors import InvalidInput
+
+_ANSWER_S: Final = 5.0
+"""A shard that takes longer to answer is reported as one that does not answer."""
+_SILENT: Final = "it does not answer"
+_UP: Final = b"# HELP instep_shard_up 1 while it answers.\n# TYPE instep_shard_up gauge\ninstep_shard_up %d\n"
+_FAMILY: Final = re.compile(rb"(# HELP .*\n# TYPE .*\n)((?:\w.*\n)*)")
+_PAGE: Final = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="2"><title>instep</title>
+<link rel="icon" href="static/icon.svg" type="image/svg+xml"><link rel="stylesheet" href="static/style.css"></head>
+<body><main><div class="panel"><table><thead><tr><th>Shard</th><th>Endpoint</th><th>State</th><th>Streams</th>
+<th>Connections</th><th>Frames waiting</th><th>Frames, total</th></tr></thead><tbody>%s</tbody></table></div></main>
+</body></html>
+"""
+
+
+async def serve_admin(config: HttpConfig, paths: Sequence[str], log: structlog.stdlib.BoundLogger) -> int:
+    """Answer requests until SIGTERM or SIGINT; SIGHUP reads the tokens again.
+
+    Args:
+        config: the endpoint and the file of tokens.
+        paths: the Unix socket of each shard.
+        log: the log of all.
+
+    Returns:
+        0, the exit status.
+
+    Raises:
+        CannotServe: when it cannot listen.
+    """
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    try:
+        if (listener := bind(config, log)) is None:
+            return 0
+        host, url = address(listener)
+        guard = Guard(make_app(paths, log), read_tokens(config), is_loopback_host(host))
+    except (CannotListen, InvalidInput) as error:
+        raise CannotServe(str(error)) from None
+    server = make_server(guard)
+
+    def reload() -> None:
+        try:
+            guard.tokens = read_tokens(config)
+        except InvalidInput as error:
+            log.error("not reloaded", reason=str(error))
+            return
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()  # one that is open may have shown a token that was withdrawn
+
+    await server.startup(sockets=[listener])
+    for number, call in ((signal.SIGINT, ended.set), (signal.SIGTERM, ended.set), (signal.SIGHUP, reload)):
+        loop.add_signal_handler(number, call)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    log.info("admin server", http=url)
+    await ended.wait()
+    await close_server(server, listener)
+    return 0
+
+
+def make_app(paths: Sequence[str], log: structlog.stdlib.BoundLogger) -> ASGIApp:
+    """The application for every path, of all shards and, at `/shards/K/`, of each."""
+
+    async def health(request: Request) -> Response:
+        answers = await _ask_all(paths, request.url.path)
+        problems = [
+            f"shard {number}: {json.loads(body)['error']['message'] if status else _SILENT}"
+            for number, (status, body) in enumerate(answers)
+            if status != 200
+        ]
+        if problems:
+            raise HttpError(503, "NOT_READY", "; ".join(problems))
+        return json_answer({"shards": [json.loads(body) for _, body in answers]})
+
+    async def all_stats() -> list[dict[str, Any]]:
+        answers = await _ask_all(paths, "/api/stats")
+        return [{"shard": number, "ready": False} | json.loads(body) for number, (_, body) in enumerate(answers)]
+
+    async def stats(request: Request) -> Response:
+        return json_answer({"shards": await all_stats()})
+
+    async def page(request: Request) -> Response:
+        return HTMLResponse(_PAGE % "".join(map(_row, await all_stats())))
+
+    async def metrics(request: Request) -> Response:
+        families: dict[bytes, bytes] = {}
+        for number, (status, body) in enumerate(await _ask_all(paths, "/metrics")):
+            for head, samples in _FAMILY.findall(_UP % bool(status) + body):
+                labelled = re.sub(rb"(?m)^(\w+)\{", rb'\1{shard="%d",' % number, samples)
+                labelled = re.sub(rb"(?m)^(\w+) ", rb'\1{shard="%d"} ' % number, labelled)
+                families[head] = families.get(head, b"") + labelled
+        return Response(b"".join(head + samples for head, samples in families.items()), media_type=CONTENT_TYPE)
+
+    async def of_one(request: Request) -> Response:
+        number = request.path_params["shard"]
+        if number >= len(paths):
+            raise HttpError(404, "NOT_FOUND", f"there is no shard {number}: there are 0 to {len(paths) - 1}")
+        target = b"/" + request.scope["raw_path"].split(b"/", 3)[3] + b"?" + request.scope["query_string"]
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                last_event = request.headers.get("last-event-id", "")
+                status, headers, body = await _ask(paths[number], target, request.method, last_event)
+        except (OSError, EOFError):
+            raise HttpError(503, "NOT_READY", f"shard {number}: {_SILENT}") from None
+        return StreamingResponse(body, status, headers)
+
+    routes = [
+        *(Route(path, health) for path in HEALTH),
+        Route("/metrics", metrics),
+        Route("/api/stats", stats),
+        Route("/", page),
+        Route("/shards/{shard:int}/{path:path}", of_one),
+        Mount("/static", StaticFiles(directory=STATIC)),
+    ]
+    there = ("/", "/healthz", "/readyz", "/metrics", "/api/stats", "/shards/0/")
+    return Starlette(routes=routes, exception_handlers=error_handlers(there, log))
+
+
+async def _ask_all(paths: Sequence[str], target: str) -> list[tuple[int, bytes]]:
+    """The status and the body from each shard; status 0 and {} if it does not answer."""
+
+    async def ask(path: str) -> tuple[int, bytes]:
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                status, _, body = await _ask(path, target.encode())
+                return status, b"".join([part async for part in body])
+        except (OSError, EOFError):
+            return 0, b"{}"
+
+    return await asyncio.gather(*map(ask, paths))
+
+
+async def _ask(
+    path: str, target: bytes, method: str = "GET", last_event: str = ""
+) -> tuple[int, dict[str, str], AsyncIterator[bytes]]:
+    """The status, the headers and the body that a shard answers.
+
+    Raises:
+        OSError, EOFError: when it does not answer.
+    """
+    reader, writer = await asyncio.open_unix_connection(path)
+    also = f"Last-Event-ID: {last_event}\r\n" if last_event.isdecimal() else ""
+    writer.write(b"%s %s HTTP/1.0\r\nHost: localhost\r\n%s\r\n" % (method.encode(), target, also.encode()))
+    status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+    headers = dict(line.split(": ", 1) for line in lines if not line.lower().startswith(("connection:", "date:")))
+
+    async def body() -> AsyncIterator[bytes]:
+        try:
+            while part := await reader.read(65_536):
+                yield part
+        finally:
+            writer.close()
+
+    return int(status.split(" ")[1]), headers, body()
+
+
+def _row(stats: dict[str, Any]) -> str:
+    number, models = stats["shard"], stats.get("models", [])
+    state = "ready" if stats["ready"] else "not ready" if models else "no answer"
+    names = ("streams_open", "connections", "frames_pending", "frames_total")
+    numbers = [f"{sum(each['numbers'][name] for each in models):,.0f}" for name in names]
+    cells = [f'<a href="shards/{number}/">{number}</a>', escape(stats.get("endpoint", "")), state, *numbers]
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

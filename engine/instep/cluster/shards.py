@@ -1,0 +1,153 @@
+"""`instep serve --shards N`: one server for each shard and an admin server for all, under one command."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import structlog
+
+from instep.config import Config
+from instep.frontends.shards import Shard, for_table
+from instep.recording.inspection import recordings_in
+from instep.runtime.executor import usable_cores
+from instep.server.checks import CannotServe, Finding, before_loading, other_shards, settle, with_all_streams
+from instep.server.recording_files import SHARDS_FILE
+from instep_client.protocol.wire import ShardTable
+
+_LAST_PORT: Final = 65_535
+
+
+def config_of_shard(config: Config, number: int) -> Config:
+    """The configuration of one of several servers under one command: port + number, and a folder for recordings."""
+    endpoint, file = config.transport.endpoint, config.recording.file
+    place, _, port = endpoint.rpartition(":")
+    own = f"{endpoint}.{number}" if endpoint.startswith("ipc:") else f"{place}:{int(port) + number}"
+    return config.model_copy(
+        update={
+            "transport": config.transport.model_copy(update={"endpoint": own}),
+            "recording": config.recording.model_copy(update={"file": file and file / f"shard-{number}"}),
+        }
+    )
+
+
+def findings(config: Config, shards: int) -> Iterator[Finding]:
+    """Check everything that needs no loaded model, as `before_loading` does for one server."""
+    endpoint, folder, cores = config.transport.endpoint, config.recording.file, usable_cores()
+    port = endpoint.rpartition(":")[2]
+    if not endpoint.startswith("ipc:") and not (port.isdecimal() and int(port) + shards - 1 <= _LAST_PORT):
+        cure = f"each of {shards} shards listens at the next one, and the last port is {_LAST_PORT}"
+        yield Finding("problem", f"--shards needs another port than that of {endpoint}", cure)
+        return
+    if folder is not None and not folder.is_dir():
+        cure = "each shard has a folder of its own in it: name a folder that exists"
+        yield Finding("problem", f"recording.file {folder} is not a folder", cure)
+        return
+    if folder is not None and (others := list(other_shards(folder, shards))):
+        yield from others
+        return
+    if folder is not None and (lone := [each for each in recordings_in(folder) if each.parent == folder]):
+        cure = "its streams would not be found: name another folder"
+        yield Finding("problem", f"{lone[0]} is the recording of a server without shards", cure)
+    if shards > cores:
+        yield Finding("warning", f"{shards} shards share {cores} cores", "use at most one shard for each core")
+    found: dict[Finding, list[int]] = {}
+    for number in range(shards):
+        own = config_of_shard(config, number)
+        if folder is not None and not (folder / f"shard-{number}").is_dir():
+            own = own.model_copy(update={"recording": config.recording})
+        for finding in before_loading(own, restart=True, shards=shards):
+            found.setdefault(finding, []).append(number)
+    for finding, numbers in found.items():
+        where = "" if len(numbers) == shards else f"shard {', '.join(map(str, numbers))}: "
+        yield finding._replace(what=where + finding.what)
+
+
+def rehearse(config: Config, shards: int, log: structlog.stdlib.BoundLogger) -> None:
+    """Check that all shards could start, as `checks.rehearse` does for one server.
+
+    Raises:
+        CannotServe: when one could not.
+    """
+    from instep.server.checks import rehearse_server
+    from instep.server.preparation import prepare
+
+    settle(findings(config, shards), log)
+    prepared = prepare(config, log, restart=True)
+    settle(with_all_streams(config, prepared, shards), log)
+    for number in range(shards):
+        own = config_of_shard(config, number)
+        if own.recording.file is not None and not own.recording.file.is_dir():  # nothing is recorded yet
+            own = own.model_copy(update={"recording": own.recording.model_copy(update={"file": None})})
+        rehearse_server(own, prepared, log.bind(shard=number))
+
+
+def run(config: Config, shards: int, *, reread: Callable[[], Config], steps_apart: bool | None = None) -> int:
+    """Serve all shards until interrupted, each in a child process that is started again when a signal kills it.
+
+    Args:
+        config: that of all.
+        shards: their number.
+        reread: reads the configuration again on SIGHUP, and raises ConfigError.
+        steps_apart: whether steps get processes of their own; None to choose it by the device.
+
+    Returns:
+        In a child, as `serve.run`.
+
+    Raises:
+        CannotServe: when a server cannot start.
+        SystemExit: in the parent of the children, with 0 if all ended with 0.
+    """
+    from instep.cluster.admin import serve_admin
+    from instep.frontends.http.admin import UNIX
+    from instep.server.serve import Kept, launching, serve_one
+    from instep.server.supervisor import Child, supervise
+
+    endpoints = tuple(for_table(config_of_shard(config, number).transport.endpoint) for number in range(shards))
+    table = ShardTable(np.zeros(shards, np.uint64), endpoints)
+    with launching(config, findings(config, shards), reread, supervised=True, servers=shards) as launch:
+        if config.recording.file is not None:
+            claim(config.recording.file, shards)
+        sockets = Path(tempfile.mkdtemp(prefix="instep-"))
+        kept = [Kept() for _ in range(shards)]
+        children = [Child(number, f"shard {number}", launch.log.bind(shard=number)) for number in range(shards)]
+        if config.http.endpoint is not None:
+            children.append(Child(shards, "the admin server", launch.log, is_helper=True))
+        try:
+            child = supervise(children, launch.service_manager.forget)
+        except SystemExit:
+            shutil.rmtree(sockets, ignore_errors=True)
+            raise
+        paths = [str(sockets / str(number)) for number in range(shards)]
+        if child.is_helper:
+            return asyncio.run(serve_admin(config.http, paths, launch.log))
+
+        def own(config: Config) -> Config:
+            http = config.http
+            if http.endpoint is not None:
+                http = http.model_copy(update={"endpoint": UNIX + paths[child.number], "token_file": None})
+            return config_of_shard(config, child.number).model_copy(update={"http": http})
+
+        shard = Shard(child.number, shards, table=table)
+        launch = replace(launch, config=own(config), log=child.log, reread=lambda: own(reread()), shard=shard)
+        try:
+            launch = replace(launch, steps_apart=steps_apart)
+            return serve_one(launch, kept[child.number], is_again=bool(child.deaths))
+        except CannotServe as error:
+            raise CannotServe(f"shard {child.number}: {error}") from None
+
+
+def claim(folder: Path, shards: int) -> None:
+    """Make the folders for the recordings of shards, and the file with their number."""
+    try:
+        for number in range(shards):
+            (folder / f"shard-{number}").mkdir(exist_ok=True)
+        (folder / SHARDS_FILE).write_text(f"{shards}\n")
+    except OSError as error:
+        raise CannotServe(f"recording.file {folder} cannot be written: {error.strerror}") from None

@@ -1,0 +1,256 @@
+"""`instep serve --shards N`: N servers under one command, in real processes."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from instep.cluster import shards
+from instep.config import Config
+from instep.models.folder import write_model
+from instep.recording.reader import RecordingReader
+from instep.replay import command
+from instep.server.checks import CannotServe, before_loading
+from instep.server.supervisor import MOST_RESTARTS
+from instep_client import Client
+from instep_client.protocol.wire import shard_of
+from tests.support.models import SMALL, whole
+from tests.support.running import log_into
+from tests.support.served import Served, serving
+from tests.support.streaming import random_frames
+
+TOKEN = "a-token-of-a-test-and-of-nothing-else"
+
+
+class Cluster:
+    """Two shards that record, and their admin server."""
+
+    def __init__(self, served: Served, port: int, http: str) -> None:
+        self.served = served
+        self.port = port
+        self.http = httpx.Client(base_url=f"http://{http}", headers={"authorization": f"Bearer {TOKEN}"}, timeout=30)
+
+    def endpoint(self, shard: int) -> str:
+        return f"tcp://127.0.0.1:{self.port + shard}"
+
+    def until(self, event: str, shard: int) -> dict[str, Any]:
+        """The next line of this event about a shard."""
+        while True:
+            line = self.served.until(event)
+            if line.get("shard") == shard:
+                return line
+
+    def process(self, shard: int) -> psutil.Process:
+        return psutil.Process(self.http.get("/api/stats").json()["shards"][shard]["pid"])
+
+
+def free_ports(count: int) -> int:
+    """The first of some free ports in a row."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            first = int(probe.getsockname()[1])
+        try:
+            for port in range(first, first + count):
+                socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return first
+
+
+def take(port: int) -> socket.socket:
+    """Take a port as soon as the process that has it is gone."""
+    while True:
+        with suppress(OSError):
+            return socket.create_server(("127.0.0.1", port))
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    write_model(tmp_path / "model", SMALL)
+    (tmp_path / "recordings").mkdir()
+    (tmp_path / "tokens").write_text(f"one: {TOKEN}\n")
+    return ["--shards", "2", "--record", str(tmp_path / "recordings")]
+
+
+@contextmanager
+def running(tmp_path: Path, arguments: list[str]) -> Iterator[Cluster]:
+    port = free_ports(3)
+    http = ["--http", f"127.0.0.1:{port + 2}", "--set", f"http.token_file={tmp_path / 'tokens'}"]
+    endpoint = f"tcp://127.0.0.1:{port}"
+    with serving(tmp_path / "model", *arguments, *http, endpoint=endpoint, start_new_session=True) as served:
+        ready = {line["shard"]: line for line in (served.until("serving"), served.until("serving"))}
+        assert {shard: line["endpoint"] for shard, line in ready.items()} == {
+            0: endpoint,
+            1: f"tcp://127.0.0.1:{port + 1}",
+        }
+        if not any(line["event"] == "admin server" for line in served.lines):
+            served.until("admin server")
+        cluster = Cluster(served, port, http[1])
+        with cluster.http:
+            yield cluster
+
+
+@pytest.mark.heavy
+def test_a_killed_shard_comes_back_with_its_streams_and_signals_and_numbers_are_those_of_all(
+    arguments: list[str], tmp_path: Path, rng: np.random.Generator
+) -> None:
+    names = [next(name for name in map(str, range(99)) if shard_of(name, 2) == shard) for shard in (0, 1)]
+    x = random_frames(rng, 40)[:, 0]
+    with (
+        running(tmp_path, arguments) as cluster,
+        Client(cluster.endpoint(0)) as first,
+        Client(cluster.endpoint(1)) as second,
+    ):
+        streams = [first.open(names[0]), second.open(names[1])]
+        y = [[stream.step(x[:20])] for stream in streams]
+        pids = [cluster.process(shard).pid for shard in (0, 1)]
+        cluster.process(1).kill()
+        assert cluster.until("restarting", 1)["level"] == "error"
+        cluster.until("serving", 1)
+        for stream, outputs in zip(streams, y, strict=True):
+            outputs.append(stream.step(x[20:]))
+            np.testing.assert_array_equal(np.concatenate(outputs), whole(SMALL, x)[0])
+        assert [cluster.process(shard).pid == pid for shard, pid in enumerate(pids)] == [True, False]
+        check_admin(cluster)
+        cluster.served.process.send_signal(signal.SIGHUP)
+        assert {cluster.served.until("reloaded")["shard"] for _ in range(2)} == {0, 1}
+        cluster.served.process.terminate()
+        lines = [(line["event"], line.get("shard")) for line in cluster.served.end()]
+    assert sorted(lines) == [("stopped", 0), ("stopped", 1), ("stopping", 0), ("stopping", 1)]
+    assert cluster.served.process.returncode == 0
+    for shard in (0, 1):
+        with RecordingReader(tmp_path / "recordings" / f"shard-{shard}" / f"{SMALL.name}.instep") as reader:
+            assert [info.name for info in reader.streams()] == [names[shard]]
+    from rich.console import Console
+
+    options: dict[str, Any] = {"model_folder": tmp_path / "model", "streams": [], "json": True, "console": Console()}
+    assert command.run_all([tmp_path / "recordings"], **options) == command.VERIFIED
+
+
+def check_admin(cluster: Cluster) -> None:
+    """The admin server shows what both shards do, and nothing without a token."""
+    assert cluster.http.get("/healthz", headers={"authorization": ""}).status_code == 200
+    for path in ("/", "/metrics", "/shards/1/api/stats"):
+        assert cluster.http.get(path, headers={"authorization": ""}).status_code == 401
+    assert cluster.http.get("/readyz").status_code == 200
+    families = {each.name: each for each in text_string_to_metric_families(cluster.http.get("/metrics").text)}
+    frames = {each.labels["shard"]: each.value for each in families["instep_frames"].samples}
+    assert frames == {"0": 40.0, "1": 20.0}, "the process of shard 1 stepped the second half"
+    assert {each.labels["shard"] for each in families["instep_latency_seconds"].samples} == {"0", "1"}
+    assert [each.value for each in families["instep_shard_up"].samples] == [1.0, 1.0]
+    assert 'href="shards/1/"' in cluster.http.get("/").text
+    assert "<title>instep</title>" in cluster.http.get("/shards/1/").text
+    assert cluster.http.get("/shards/1/api/streams", params={"limit": 1}).json()["total"] == 1
+    assert cluster.http.get("/shards/1/api/streams/none").json()["error"]["code"] == "UNKNOWN_STREAM"
+    assert cluster.http.get("/shards/2/").json()["error"]["code"] == "NOT_FOUND"
+    with cluster.http.stream("GET", "/shards/1/api/events") as events:
+        assert next(events.iter_lines()) == "event: stats"
+
+
+@pytest.mark.heavy
+def test_a_shard_that_dies_again_and_again_is_given_up_and_the_others_go_on(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    with running(tmp_path, arguments) as cluster:
+        for _ in range(MOST_RESTARTS):
+            cluster.process(1).kill()
+            cluster.until("serving", 1)
+        cluster.process(1).kill()
+        assert cluster.until("failed", 1)["level"] == "error"
+        with Client(cluster.endpoint(0)) as client:
+            client.ping()
+        for path in ("/healthz", "/readyz"):
+            answer = cluster.http.get(path)
+            assert answer.status_code == 503
+            assert "shard 1" in answer.json()["error"]["message"]
+        assert cluster.http.get("/shards/1/api/stats").status_code == 503
+        assert [each["ready"] for each in cluster.http.get("/api/stats").json()["shards"]] == [True, False]
+        cluster.served.process.send_signal(signal.SIGINT)
+        cluster.served.end()
+    assert cluster.served.process.returncode == 1
+
+
+@pytest.mark.heavy
+def test_a_port_that_is_taken_at_a_restart_is_tried_again(arguments: list[str], tmp_path: Path) -> None:
+    with running(tmp_path, arguments) as cluster:
+        supervisor, server = psutil.Process(cluster.served.process.pid), cluster.process(1)
+        supervisor.suspend()
+        server.kill()
+        with take(cluster.port + 1):
+            supervisor.resume()
+            assert "SIGKILL" in cluster.until("restarting", 1)["reason"]
+            assert "SIGKILL" not in cluster.until("restarting", 1)["reason"]
+        cluster.until("serving", 1)
+        with Client(cluster.endpoint(1)) as client:
+            client.ping()
+
+
+@pytest.mark.heavy
+def test_a_shard_that_cannot_begin_ends_all(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "s.1").mkdir()
+    with serving(tmp_path / "model", *arguments, endpoint=f"ipc://{tmp_path}/s") as served:
+        reasons = [line["reasons"] for line in served.end() if line["event"] == "cannot serve"]
+    assert served.process.returncode == 2
+    ((reason,),) = reasons
+    assert reason.startswith("shard 1: ")
+    assert f"{tmp_path}/s.1" in reason
+
+
+def problems(count: int, endpoint: str = "tcp://127.0.0.1:*", **recording: Path) -> list[str]:
+    config = Config.model_validate(
+        {"transport": {"endpoint": endpoint}, "recording": recording, "http": {"endpoint": "off"}}
+    )
+    found = shards.findings(config, count) if count > 1 else before_loading(config)
+    return [str(each) for each in found if each.severity == "problem"]
+
+
+def test_ports_that_are_taken_or_do_not_exist_are_refused_before_anything_starts() -> None:
+    for endpoint in ("tcp://127.0.0.1:*", "tcp://127.0.0.1:65533"):
+        (problem,) = problems(4, endpoint)
+        assert endpoint in problem
+    port = free_ports(3)
+    assert problems(3, f"tcp://127.0.0.1:{port}") == []
+    with socket.create_server(("127.0.0.1", port + 2)):
+        (problem,) = problems(3, f"tcp://127.0.0.1:{port}")
+        assert re.match(rf"shard 2: .*:{port + 2}\b", problem)
+
+
+def test_recordings_of_another_number_of_shards_are_refused(arguments: list[str], tmp_path: Path) -> None:
+    endpoint, folder = f"ipc://{tmp_path}/s", tmp_path / "recordings"
+    config = Config.model_validate(
+        {
+            "model": {"folder": tmp_path / "model"},
+            "transport": {"endpoint": endpoint},
+            "recording": {"file": folder},
+            "http": {"endpoint": "off"},
+        }
+    )
+    told: list[dict[str, Any]] = []
+    shards.rehearse(config, 4, log_into(told))
+    assert [line["endpoint"] for line in told if line["event"] == "can serve"] == [f"{endpoint}.{k}" for k in range(4)]
+    assert list(folder.iterdir()) == [], "nothing was written"
+    shards.claim(folder, 4)
+    assert problems(4, endpoint, file=folder) == []
+    for count in (6, 1):
+        (problem,) = problems(count, endpoint, file=folder)
+        assert f"of 4 shards, not {count}" in problem
+    with pytest.raises(CannotServe, match="of 4 shards, not 2"):
+        shards.rehearse(config, 2, log_into([]))
+    (problem,) = problems(2, endpoint, file=tmp_path / "r.instep")
+    assert str(tmp_path / "r.instep") in problem
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    (lone / "ears.instep").touch()
+    (problem,) = problems(2, endpoint, file=lone)
+    assert str(lone / "ears.instep") in problem
