@@ -4,31 +4,44 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import add
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.arguments import good_names
-from instep_client.connection import OPEN, Call
-from instep_client.driver import Driver
+from instep_client.arguments import Indices, counts, good_names, group_frames, row_indices
+from instep_client.connection import Call
 from instep_client.frames import TimedOutputs
 from instep_client.key_files import read_client_keys
-from instep_client.protocol.errors import InvalidInput, StreamEvicted, StreamRefused
+from instep_client.links import Link, Links, all_of, cancel_all
+from instep_client.protocol.errors import (
+    FramesRefused,
+    InvalidInput,
+    StreamEvicted,
+    StreamRefused,
+)
 from instep_client.protocol.state_spec import U8
 from instep_client.protocol.wire import DEFAULT_ENDPOINT, F32, U64, Code, Place, ServerInfo
 from instep_client.replies import ListedStream, ServedModel
+from instep_client.requests import Opening
 from instep_client.session import Session
-from instep_client.states import GivenState, State, StreamSnapshot, as_state
+from instep_client.states import GivenState, State, StreamSnapshot, as_state, state_rows
 from instep_client.streams import StreamHandle
+
+R = TypeVar("R")
 
 StreamPlace: TypeAlias = Literal["connected", "parked", "hibernating"]
 _PAGE: Final = 4096
 IfExists: TypeAlias = Literal["error", "resume", "replace"]
 _MOST_ATTEMPTS: Final = 3
 """The most attempts of `open`, because others may open and close streams of that name meanwhile."""
+_LARGEST: Final = ("_p50", "_p99", "_mean", "_s", "_busy")
+"""The ends of the names of numbers that are not added up over shards."""
+_LEAST: Final = ("ready", "recording_free_bytes")
 _MOVED_ON: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED, Code.IDLE, Code.FENCED, Code.STATE_LOST})
 
 
@@ -69,52 +82,60 @@ class StreamView:
         return None if seq < 0 else seq
 
 
+class GroupPart(NamedTuple):
+    """The streams of a group that belong to one shard."""
+
+    link: Link
+    handle: StreamHandle
+    where: Indices
+    """Their indices in the group, in ascending order."""
+
+
 class GroupView:
     """The properties of an `AsyncGroup` and a `Group`, which send nothing to the server."""
 
-    _session: Session
-    _handle: StreamHandle
+    _names: tuple[str, ...]
+    _parts: Sequence[GroupPart]
+
+    def _gather(self, arrays: Sequence[Any]) -> Any:
+        """One array of the group from the arrays [N, …] of its parts."""
+        if len(arrays) == 1:
+            return arrays[0]
+        return np.concatenate(arrays)[np.argsort(np.concatenate([part.where for part in self._parts]))]
 
     def __repr__(self) -> str:
         first, last = self.names[0], self.names[-1]
         return f"<{type(self).__name__} of {len(self)}: {first!r}{f' … {last!r}' if len(self) > 1 else ''}>"
 
     def __len__(self) -> int:
-        return len(self._handle.names)
+        return len(self._names)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The streams' names."""
-        return self._handle.names
+        return self._names
 
     @property
     def next_seqs(self) -> U64:
         """The seq of the next frame of each stream, uint64 [N]."""
-        return self._session.table.next_seqs(self._handle)
+        seqs: U64 = self._gather([link.session.table.next_seqs(handle) for link, handle, _ in self._parts])
+        return seqs
 
     @property
     def epochs(self) -> U64:
         """The epoch of each stream, uint64 [N]; see `AsyncStream.epoch`."""
-        return self._session.table.epochs(self._handle)
+        epochs: U64 = self._gather([link.session.table.epochs(handle) for link, handle, _ in self._parts])
+        return epochs
 
     @property
     def moved_at(self) -> npt.NDArray[np.int64]:
         """`AsyncStream.moved_at` of each stream, int64 [N], with -1 for None."""
-        return self._session.table.moved_at[self._handle.rows]
+        tables = [link.session.table.moved_at[handle.rows] for link, handle, _ in self._parts]
+        moved_at: npt.NDArray[np.int64] = self._gather(tables)
+        return moved_at
 
 
-class _Handle:
-    def __init__(self, session: Session, driver: Driver, handle: StreamHandle) -> None:
-        """The methods of `AsyncClient` make these."""
-        self._session = session
-        self._driver = driver
-        self._handle = handle
-
-    def _state(self, rows: U8) -> State:
-        return as_state(rows, self._session.info.state, single=self._handle.single)
-
-
-class AsyncStream(_Handle, StreamView):
+class AsyncStream(StreamView):
     """One stream: frames in, outputs out, in order.
 
     Frames are sent in the order in which `step` and `send` were called. A frame that the server refuses does not change
@@ -126,6 +147,15 @@ class AsyncStream(_Handle, StreamView):
     Every method raises StreamEvicted (or its subclass DataLoss) once the stream has ended, ConnectionFailed once the
     server is gone for good, and ClientClosed after `close`.
     """
+
+    def __init__(self, link: Link, handle: StreamHandle) -> None:
+        """The methods of `AsyncClient` make these."""
+        self._link = link
+        self._session, self._driver = link
+        self._handle = handle
+
+    def _state(self, rows: U8) -> State:
+        return as_state(rows, self._session.info.state, single=True)
 
     async def step(self, x: npt.ArrayLike) -> F32:
         """Send a frame [features] or a chunk [T, features] and return its outputs, [outputs] or [T, outputs].
@@ -212,7 +242,7 @@ class AsyncStream(_Handle, StreamView):
             InvalidInput: for a bad name.
         """
         handle = await self._driver.wait(self._session.fork(self._handle, [name]))
-        return AsyncStream(self._session, self._driver, handle)
+        return AsyncStream(self._link, handle)
 
     async def snapshot(self) -> StreamSnapshot:
         """Read the state with its seq and model, to save it or restore it on any server of that model."""
@@ -229,8 +259,46 @@ class AsyncStream(_Handle, StreamView):
         return self._state(await self._driver.wait(self._session.close(self._handle)))
 
 
-class AsyncGroup(_Handle, GroupView):
-    """Streams that are stepped together with one array. Each of them can be refused or evicted alone."""
+class AsyncGroup(GroupView):
+    """Streams that are stepped together with one array. Each of them can be refused or evicted alone.
+
+    They may belong to several shards. A call then ends when each of these has answered, and if one of them is gone for
+    good it raises ConnectionFailed, although the others may have carried it out.
+    """
+
+    def __init__(self, names: tuple[str, ...], parts: Sequence[GroupPart]) -> None:
+        """The methods of `AsyncClient` make these."""
+        self._names = names
+        self._parts = parts
+
+    @classmethod
+    async def _opened(
+        cls, names: tuple[str, ...], parts: Sequence[tuple[Link, Indices]], open_: Callable[[int, Session], Opening]
+    ) -> AsyncGroup:
+        """The group of these streams, whose openings `open_` asks of each part's session: all of them, or none."""
+        asked: list[tuple[Link, Opening]] = []
+        try:
+            for number, (link, _) in enumerate(parts):
+                asked.append((link, open_(number, link.session)))
+        except BaseException:
+            cancel_all(asked)
+            raise
+        await all_of(asked)
+        opened = [(link, call) for link, call in asked if call.error is None]
+        if len(opened) < len(asked):
+            await all_of([(link, link.session.close(call.result())) for link, call in opened if call.begins_streams])
+        _raise_first([call for _, call in asked], names)
+        groups = zip(parts, asked, strict=True)
+        return cls(names, [GroupPart(link, call.result(), where) for (link, where), (_, call) in groups])
+
+    async def _ask(self, ask: Callable[[GroupPart], Call[R]]) -> list[R]:
+        asked = [(part.link, ask(part)) for part in self._parts]
+        await all_of(asked)
+        _raise_first([call for _, call in asked], self._names)
+        return [call.result() for _, call in asked]
+
+    def _state(self, rows: Sequence[U8]) -> State:
+        return as_state(self._gather(rows), self._parts[0].link.session.info.state, single=False)
 
     async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
         """Send one frame for each stream [N, features], or T frames [T, N, features]; return outputs in the same form.
@@ -247,12 +315,44 @@ class AsyncGroup(_Handle, GroupView):
 
     async def step_timed(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> TimedOutputs:
         """Like `step`, but return the server's times too."""
-        return await self._driver.wait(self._session.step(self._handle, x, rows))
+        if len(self._parts) > 1:
+            return await self._step_shards(x, rows)
+        (session, driver), handle, _ = self._parts[0]
+        return await driver.wait(session.step(handle, x, rows))
+
+    async def _step_shards(self, x: npt.ArrayLike, rows: npt.ArrayLike | None) -> TimedOutputs:
+        info = self._parts[0].link.session.check_open()
+        taken = np.arange(len(self)) if rows is None else row_indices(rows, len(self))
+        frames, prefix = group_frames(x, len(taken), info.features)
+        asked = []
+        for (session, driver), handle, where in self._parts:
+            columns = np.flatnonzero(np.isin(taken, where))
+            if len(columns):
+                own_rows = np.searchsorted(where, taken[columns])
+                call = session.prepare_step(handle, frames[:, columns], own_rows)  # may raise, so none is sent yet
+                asked.append((Link(session, driver), columns, call))
+        for link, _, call in asked:
+            link.session.queue.submit(call)
+        await all_of([(link, call) for link, _, call in asked])
+        outputs = np.full((*frames.shape[:2], info.outputs), np.nan, np.float32)
+        answer = TimedOutputs(outputs.reshape(*prefix, info.outputs), 0, 0, 0)
+        errors: list[FramesRefused | StreamEvicted] = []
+        for _, columns, call in asked:
+            if isinstance(call.error, FramesRefused | StreamEvicted) and call.error.outputs is not None:
+                errors.append(call.error)
+                outputs[:, columns] = call.error.outputs
+            else:
+                part = call.result()
+                outputs[:, columns] = part.outputs
+                answer = TimedOutputs(answer.outputs, *map(max, zip(answer[1:], part[1:], strict=True)))
+        if errors:
+            raise _joined(errors, self._names, answer.outputs)
+        return answer
 
     async def read_state(self) -> tuple[U64, State]:
         """Return seqs, uint64 [N], and the states of N streams; see `AsyncStream.read_state`."""
-        seqs, states = await self._driver.wait(self._session.read_state(self._handle))
-        return seqs, self._state(states)
+        seqs, states = zip(*await self._ask(lambda part: part.link.session.read_state(part.handle)), strict=True)
+        return self._gather(seqs), self._state(states)
 
     async def reset(self, states: GivenState | None = None) -> None:
         """Set all states, by default to the initial one, after all sent frames were answered.
@@ -261,12 +361,24 @@ class AsyncGroup(_Handle, GroupView):
             StreamRefused: naming the first stream that the server refuses; others may have been reset.
             InvalidInput: for states of another shape.
         """
-        await self._driver.wait(self._session.reset(self._handle, states))
+        given = _split(states, self._parts[0].link.session, [part.where for part in self._parts], len(self))
+        own = iter(given)
+        await self._ask(lambda part: part.link.session.reset(part.handle, next(own)))
 
     async def fork(self, names: Sequence[str]) -> AsyncGroup:
-        """Open a new stream for each of these, with its state and seq; see `AsyncStream.fork`."""
-        handle = await self._driver.wait(self._session.fork(self._handle, names))
-        return AsyncGroup(self._session, self._driver, handle)
+        """Open a new stream for each of these, with its state and seq; see `AsyncStream.fork`.
+
+        A name must belong to the shard of the stream that it copies (`wire.shard_of`), or is refused with WRONG_SHARD.
+        """
+        names = good_names(names)
+        if len(names) != len(self):
+            raise InvalidInput(f"{len(self)} streams are copied, there are names for {len(names)}")
+
+        def ask(number: int, session: Session) -> Opening:
+            part = self._parts[number]
+            return session.fork(part.handle, [names[index] for index in part.where.tolist()])
+
+        return await self._opened(names, [(part.link, part.where) for part in self._parts], ask)
 
     async def close(self) -> State:
         """Close all streams and return their final states, in which floats of ended streams are NaN.
@@ -274,11 +386,45 @@ class AsyncGroup(_Handle, GroupView):
         Raises:
             StreamRefused: when the server refuses one that is open.
         """
-        return self._state(await self._driver.wait(self._session.close(self._handle)))
+        return self._state(await self._ask(lambda part: part.link.session.close(part.handle)))
+
+
+def _split(
+    states: GivenState | None, session: Session, parts: Sequence[Indices], count: int
+) -> Sequence[GivenState | None]:
+    """A group's states, of which each part gets its own."""
+    if states is None or len(parts) == 1:
+        return [states] * len(parts)
+    spec = session.info.state
+    rows = state_rows(states, spec, count)
+    return [as_state(rows[where], spec, single=False) for where in parts]
+
+
+def _raise_first(calls: Sequence[Call[Any]], names: Sequence[str]) -> None:
+    """Raise the error of a group's parts that is about its first stream."""
+    errors = [call.error for call in calls if call.error is not None]
+    if errors:
+        raise min(errors, key=lambda error: names.index(getattr(error, "stream", names[0])))
+
+
+def _joined(
+    errors: Sequence[FramesRefused | StreamEvicted], names: Sequence[str], outputs: F32
+) -> FramesRefused | StreamEvicted:
+    """The errors of a step's parts as one, as if one server had refused all of it."""
+    places = {name: place for place, name in enumerate(names)}
+    failures = [failure for error in errors for failure in error.failures]
+    failures.sort(key=lambda failure: places[failure.stream])
+    ended = [error for error in errors if isinstance(error, StreamEvicted)]
+    if ended:
+        first = min(ended, key=lambda error: places[error.stream])
+        first.failures, first.outputs = tuple(failures), outputs
+        return first
+    refused = min(errors, key=lambda error: places[error.failures[0].stream])
+    return FramesRefused(refused.code, refused.sentence, tuple(failures), outputs)
 
 
 class AsyncClient:
-    """A connection to one model of one server. One event loop owns it; use it as `async with AsyncClient() as client`.
+    """A client of one model of a server or cluster. One event loop owns it; use `async with AsyncClient() as client`.
 
     Frames that many tasks send in the same turn of the event loop travel together.
 
@@ -304,7 +450,7 @@ class AsyncClient:
 
         Args:
             endpoint: where the server listens, `tcp://HOST:PORT` or `ipc://PATH`; None for $INSTEP_ENDPOINT, or else
-                `tcp://127.0.0.1:5757`.
+                `tcp://127.0.0.1:5757`. Of a cluster, any server will do, or several of them, separated by commas.
             name: for the server's log at level debug; may be empty.
             timeout_s: seconds to wait for a silent server.
             reconnect_s: seconds to try for another connection after one was lost; 0 for none.
@@ -325,12 +471,13 @@ class AsyncClient:
             key_file = os.environ.get("INSTEP_KEY_FILE")
         if server_key is None:
             server_key = os.environ.get("INSTEP_SERVER_KEY")
-        self._session = Session(endpoint, name, timeout_s, reconnect_s, model=model)
-        self._driver = Driver(self._session, read_client_keys(key_file, server_key))
+        keys = read_client_keys(key_file, server_key)
+        self._links = Links(endpoint, keys, name=name, timeout_s=timeout_s, reconnect_s=reconnect_s, model=model)
         self._wait = wait
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self._session.endpoint}: {self._session.state.value}>"
+        session = self._links.first.session
+        return f"<{type(self).__name__} {session.endpoint}: {session.state.value}>"
 
     async def __aenter__(self) -> AsyncClient:
         await self.connect()
@@ -348,7 +495,7 @@ class AsyncClient:
             HandshakeFailed: when the server and this client do not agree on keys.
             Refused: when the server refuses this client, or has no model of that name (UNKNOWN_MODEL).
         """
-        await self._driver.start(self._wait)
+        await self._links.connect(self._wait)
 
     async def close(self, park: bool = False) -> None:
         """Close the open streams and the connection; waiting calls fail with ClientClosed. May be called twice.
@@ -356,21 +503,21 @@ class AsyncClient:
         With `park` the streams are left open: the server parks them as if the connection was lost, and for
         `info.park_s` seconds they can be resumed.
         """
-        await self._driver.stop(park)
+        await self._links.close(park)
 
     @property
     def is_connected(self) -> bool:
         """Whether the client is connected: not before `connect`, while it reconnects, or after its end."""
-        return self._session.state is OPEN
+        return self._links.are_open
 
     @property
     def info(self) -> ServerInfo:
-        """The server's description of itself and of the model.
+        """The server's description of itself and of the model; of a cluster, that of the server connected first.
 
         Raises:
             ClientClosed: before the client was connected.
         """
-        return self._session.info
+        return self._links.first.session.info
 
     async def open(
         self, name: str, initial_state: GivenState | None = None, first_seq: int = 0, if_exists: IfExists = "error"
@@ -393,9 +540,10 @@ class AsyncClient:
         if if_exists not in get_args(IfExists):
             raise InvalidInput(f"if_exists is {if_exists!r:.40}: expected {', '.join(get_args(IfExists))}")
         for attempt in range(_MOST_ATTEMPTS):
-            call = self._session.open([name], initial_state, single=True, first_seqs=first_seq or None)
+            link = await self._links.of_stream(name)
+            call = link.session.open([name], initial_state, single=True, first_seqs=first_seq or None)
             try:
-                return AsyncStream(self._session, self._driver, await self._driver.wait(call))
+                return AsyncStream(link, await link.driver.wait(call))
             except StreamRefused as error:
                 if error.code is not Code.NAME_IN_USE or if_exists == "error" or attempt + 1 == _MOST_ATTEMPTS:
                     raise
@@ -419,8 +567,15 @@ class AsyncClient:
             StreamRefused: naming the first stream that the server refuses.
             InvalidInput: for bad or repeated names, or states of another shape.
         """
-        call = self._session.open(names, initial_states, single=False)
-        return AsyncGroup(self._session, self._driver, await self._driver.wait(call))
+        names = good_names(names)
+        parts = await self._links.of_streams(names)
+        states = _split(initial_states, self._links.first.session, [where for _, where in parts], len(names))
+
+        def ask(number: int, session: Session) -> Opening:
+            own = [names[index] for index in parts[number][1].tolist()]
+            return session.open(own, states[number], single=False)
+
+        return await AsyncGroup._opened(names, parts, ask)
 
     async def resume(self, name: str, have: int | None = None, epoch: int = 0, take_over: bool = False) -> AsyncStream:
         """Continue a stream that is parked, or that another client owns.
@@ -440,8 +595,9 @@ class AsyncClient:
             ConnectionFailed: when the connection was lost meanwhile and the stream may have been resumed.
             InvalidInput: for a bad name or number.
         """
-        call = self._session.resume([name], have, epoch, take_over, single=True)
-        return AsyncStream(self._session, self._driver, await self._driver.wait(call))
+        link = await self._links.of_stream(name)
+        call = link.session.resume([name], have, epoch, take_over, single=True)
+        return AsyncStream(link, await link.driver.wait(call))
 
     async def resume_group(
         self,
@@ -457,8 +613,18 @@ class AsyncClient:
         Raises:
             Refused: as `resume`, naming the first stream that the server refuses.
         """
-        call = self._session.resume(names, have, epochs, take_over, single=False)
-        return AsyncGroup(self._session, self._driver, await self._driver.wait(call))
+        names = good_names(names)
+        parts = await self._links.of_streams(names)
+        all_have = None if have is None else counts(have, len(names), "have")
+        all_epochs = counts(epochs, len(names), "epochs")
+
+        def ask(number: int, session: Session) -> Opening:
+            where = parts[number][1]
+            own = [names[index] for index in where.tolist()]
+            own_have = None if all_have is None else all_have[where]
+            return session.resume(own, own_have, all_epochs[where], take_over, single=False)
+
+        return await AsyncGroup._opened(names, parts, ask)
 
     async def read_state(self, name: str) -> tuple[int, State]:
         """Read the state of any stream of the server, even a parked one, without disturbing its owner.
@@ -470,7 +636,8 @@ class AsyncClient:
             StreamRefused: UNKNOWN_STREAM or EXPIRED if there is no such stream.
             InvalidInput: for a bad name.
         """
-        seqs, states = await self._driver.wait(self._session.read_state_by_name([name]))
+        link = await self._links.of_stream(name)
+        seqs, states = await link.driver.wait(link.session.read_state_by_name([name]))
         info = self.info
         return int(seqs[0]), as_state(states, info.state, single=True)
 
@@ -503,12 +670,13 @@ class AsyncClient:
             raise InvalidInput(f"place is {place!r:.40}: expected {', '.join(places)}")
         number = 0 if place is None else int(Place[place.upper()])
         found: list[ListedStream] = []
-        cursor = 0
-        while True:
-            page, cursor = await self._driver.wait(self._session.list_streams(cursor, _PAGE, number, prefix))
+        for session, driver in await self._links.all():
+            page, cursor = await driver.wait(session.list_streams(0, _PAGE, number, prefix))
             found += page
-            if not cursor:
-                return found
+            while cursor:
+                page, cursor = await driver.wait(session.list_streams(cursor, _PAGE, number, prefix))
+                found += page
+        return found
 
     async def remove_streams(self, names: Sequence[str], park: bool = False) -> list[str]:
         """Close streams of others, or park them. Their owners get BY_OPERATOR; only an operator may do this.
@@ -521,22 +689,32 @@ class AsyncClient:
             Refused: NOT_ALLOWED without the role of an operator.
         """
         missing, names = list[str](), good_names(names)
-        for first in range(0, len(names), _PAGE):
-            part = names[first : first + _PAGE]
-            for failure in await self._driver.wait(self._session.remove(part, park)):
-                if failure.code in (Code.UNKNOWN_STREAM, Code.EXPIRED):
-                    missing.append(part[failure.column])
-                else:
-                    raise StreamRefused(failure.code, failure.sentence, part[failure.column])
+        for (session, driver), where in await self._links.of_streams(names):
+            for first in range(0, len(where), _PAGE):
+                page = [names[index] for index in where[first : first + _PAGE].tolist()]
+                for failure in await driver.wait(session.remove(page, park)):
+                    if failure.code not in (Code.UNKNOWN_STREAM, Code.EXPIRED):
+                        raise StreamRefused(failure.code, failure.sentence, page[failure.column])
+                    missing.append(page[failure.column])
         return missing
 
+    async def _ask_all(self, ask: Callable[[Session], Call[R]]) -> list[R]:
+        asked = [(link, ask(link.session)) for link in await self._links.all()]
+        await all_of(asked)
+        return [call.result() for _, call in asked]
+
     async def list_models(self) -> list[ServedModel]:
-        """The models of the server, beginning with the default."""
-        return await self._driver.wait(self._session.models())
+        """The models of the server, beginning with the default. Of a cluster, the numbers of all shards are added up."""
+        found: dict[str, ServedModel] = {}
+        for model in chain.from_iterable(await self._ask_all(Session.models)):
+            former = found.get(model.name, model._replace(streams=0, connections=0, frames=0))
+            sums = {name: getattr(former, name) + getattr(model, name) for name in ("streams", "connections", "frames")}
+            found[model.name] = model._replace(**sums)
+        return list(found.values())
 
     async def ping(self) -> float:
-        """The time of a round trip to the server, in seconds."""
-        return await self._driver.wait(self._session.ping(time.monotonic()))
+        """The time of a round trip to the server, in seconds; of a cluster, to the slowest shard."""
+        return max(await self._ask_all(lambda session: session.ping(time.monotonic())))
 
     async def stats(self) -> dict[str, float]:
         """The server's numbers for this client's model, by name, and `loop_lag_s`.
@@ -546,6 +724,13 @@ class AsyncClient:
 
         `loop_lag_s` is the longest delay of this process's event loop in the last 30 to 60 seconds. Frames and outputs
         wait that long here, which the server's times do not show.
+
+        For the shards of a cluster, counters, rates and numbers of things are added up. Of quantiles, means, times and
+        shares the largest is given, and the smallest of `ready` and `recording_free_bytes`.
         """
-        numbers = await self._driver.wait(self._session.statistics())
-        return numbers | {"loop_lag_s": self._driver.loop_lag_s}
+        numbers: dict[str, float] = {}
+        for shard in await self._ask_all(Session.statistics):
+            for name, value in shard.items():
+                among = min if name in _LEAST else max if name.endswith(_LARGEST) else add
+                numbers[name] = among(numbers[name], value) if name in numbers else value
+        return numbers | {"loop_lag_s": self._links.first.driver.loop_lag_s}

@@ -23,11 +23,11 @@ class ShardMap:
         return len(self.terms)
 
     def check_count(self, shards: int) -> None:
-        """Raise ConnectionFailed if the cluster has another number of shards, so that streams are elsewhere."""
+        """Raise ConnectionFailed if the cluster has another number of shards now, so that streams are elsewhere."""
         if shards != len(self):
             raise ConnectionFailed(
-                f"the cluster had {len(self)} shards when this client connected and has {shards} now: make another "
-                "client"
+                f"the server was one of {len(self)} shards when this client connected and is one of {shards} now: "
+                "make another client"
             )
 
     def take(self, table: ShardTable, asked: str = "") -> list[int]:
@@ -61,5 +61,6 @@ class ShardMap:
         """Learn which server answered at an endpoint; return whether a client may stay with it."""
         if term < self.terms[shard]:
             return False
-        self.terms[shard], self.endpoints[shard] = term, endpoint
+        if term > self.terms[shard] or not self.endpoints[shard]:
+            self.terms[shard], self.endpoints[shard] = term, endpoint
         return True

@@ -237,6 +237,10 @@ class Attempts:
         self.number += 1
         return True
 
+    def at_once(self, now: float) -> None:
+        """Begin the next attempt without a delay."""
+        self._next_at = now
+
     def begin(self, now: float) -> None:
         """Begin an attempt, for which HELLO is sent."""
         self._next_at = now + self._attempt_timeout_s
@@ -298,6 +302,10 @@ class Silence(Request[None]):
         """The time of the newest message; 0 before the first."""
         self.deadline = math.inf
         """The time of the next check if no message arrives; infinity for never."""
+        self.doubt_s = math.inf
+        """The silence after which another server may be asked about this one; infinity if there is none."""
+        self.is_doubtful = False
+        """Whether the server has been silent for that long."""
         self._waiting_since = math.inf
         self._is_asked = False
         self._asked_at = 0.0
@@ -329,6 +337,7 @@ class Silence(Request[None]):
         """
         if not is_waiting:
             self._waiting_since = math.inf
+            self.is_doubtful = False
             self.deadline = self.heard_at + keep_alive_s
             if now < self.deadline:
                 return False
@@ -336,10 +345,13 @@ class Silence(Request[None]):
         self._waiting_since = min(self._waiting_since, now)
         quiet_since = max(self.heard_at, self._waiting_since)
         given_up_at, probed_at = quiet_since + self.timeout_s, quiet_since + self.timeout_s / 2
+        self.is_doubtful = now >= quiet_since + self.doubt_s
         if may_probe and not self._is_asked and now >= probed_at:
             self.ask()
             self._asked_at = now
         if self._is_asked and self._asked_at >= given_up_at:  # the client itself was held up until then
             given_up_at = self._asked_at + self.timeout_s / 2
         self.deadline = probed_at if may_probe and not self._is_asked else given_up_at
+        if not self.is_doubtful:
+            self.deadline = min(self.deadline, quiet_since + self.doubt_s)
         return now >= given_up_at

@@ -64,11 +64,19 @@ _WARN_EVERY_S: Final = 60.0
 class Driver:
     """Runs one session over one socket. One event loop owns it, from `start` to `stop`.
 
-    Closing waits for up to `farewell_s` until the server has read it.
+    Closing waits for up to `farewell_s` until the server has read it. While the session is in trouble, the event
+    `trouble` is set.
     """
 
-    def __init__(self, session: Session, keys: ClientKeys | None = None, farewell_s: float = FAREWELL_S) -> None:
+    def __init__(
+        self,
+        session: Session,
+        keys: ClientKeys | None = None,
+        farewell_s: float = FAREWELL_S,
+        trouble: asyncio.Event | None = None,
+    ) -> None:
         self._session = session
+        self._trouble = trouble or asyncio.Event()
         self._keys = keys
         self._monitor: zmq.Socket[bytes] | None = None
         """Tells of handshakes that fail, until there is a connection."""
@@ -98,11 +106,9 @@ class Driver:
         """
         if self.socket is not None or self._stopped:
             raise ClientClosed("this client was connected before; make a new one to connect again")
-        self._loop = asyncio.get_running_loop()
-        self._sockets = Sockets.of(self._loop)
         looking: asyncio.Task[None] | None = None
         try:
-            self._connect()
+            self.begin()
             if not wait:
                 looking = self._loop.create_task(self._look())
             await self.wait(self._session.greeting)
@@ -112,6 +118,17 @@ class Driver:
         finally:
             if looking is not None:
                 looking.cancel()
+
+    def begin(self) -> None:
+        """Connect without waiting for the server.
+
+        Raises:
+            ConnectionFailed: when the endpoint is not valid, or no socket can be made.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._sockets = Sockets.of(self._loop)
+        self._connect()
+        self.wake()
 
     async def stop(self, park: bool = False) -> None:
         """End the session, notify the server unless its streams are to be parked, and close the socket.
@@ -258,6 +275,8 @@ class Driver:
         try:
             now = time.monotonic()
             session.advance(now)
+            if session.is_in_trouble:
+                self._trouble.set()
             if self._monitor is not None and session.state is OPEN:
                 self._end_monitor(self.socket)
             if session.take_reconnect():

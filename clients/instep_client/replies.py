@@ -90,6 +90,8 @@ def welcome(header: Header, frames: Sequence[Frame]) -> ServerInfo:
         else:
             values.append(_text(value, name))
     info = ServerInfo(*values)
+    if not info.shard < info.shards <= wire.MAX_SHARDS:
+        raise MalformedMessage(f"a server cannot be shard {info.shard} of {info.shards}")
     if not len(frames[1]):
         return info
     names = tuple(wire.unpack_names(frames[1], info.outputs))

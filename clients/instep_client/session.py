@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from instep_client import arguments, replies
 from instep_client.arguments import DEFAULT_HTTP_PORT, DEFAULT_PORT, check_settings, checked_endpoint
+from instep_client.cluster import ShardMap
 from instep_client.connection import (
     ENDED,
     GREETING,
@@ -49,7 +50,7 @@ from instep_client.protocol.errors import (
     InvalidInput,
     MalformedMessage,
 )
-from instep_client.protocol.wire import MAX_NAME_BYTES, Frame, Header, Kind, ServerInfo
+from instep_client.protocol.wire import MAX_NAME_BYTES, Frame, Header, Kind, ServerInfo, ShardTable
 from instep_client.replies import ColumnError, ErrorReply, ListedStream, ServedModel
 from instep_client.requests import (
     Claim,
@@ -73,6 +74,8 @@ Q = TypeVar("Q", bound=Request[Any])
 T = TypeVar("T", bound=TurnCall[Any])
 
 _STEPPED: Final = int(Kind.STEPPED)
+_DOUBT_S: Final = 1.0
+"""The silence of a shard's server after which others are asked whether another one has taken its place."""
 _PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN, Code.UNKNOWN_MODEL})
 """Codes with which a HELLO or RESUME is refused only for a while; a model may also be unloaded and loaded again."""
 
@@ -158,6 +161,10 @@ class Session:
         """The claim over a new connection, from its WELCOME on until all streams were claimed."""
         self._is_new = True
         """Whether the socket is new, so that the next HELLO_FIRST may only announce its connection."""
+        self.shards = ShardMap(1)
+        """All shards of the server's cluster, from the first welcome on; the client's sessions share it."""
+        self.shard = 0
+        """The shard to which this is a connection."""
         self.greeting.ask()
 
     @property
@@ -172,6 +179,30 @@ class Session:
         return self._info
 
     # ── For the driver ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def join(self, other: Session, shard: int, now: float) -> None:
+        """Become a connection to another shard of a session's cluster. Calls wait for its server from now on."""
+        self.shards, self.shard, self._info = other.shards, shard, other.info
+        self.queue.limit(other.info)
+        self._silence.doubt_s = _DOUBT_S
+        self.state, self.now = RECONNECTING, now
+        self.attempts.begin(now)
+
+    @property
+    def is_in_trouble(self) -> bool:
+        """Whether the connection is lost, or the server of a shard has been silent for a second."""
+        return self.state is RECONNECTING or self._silence.is_doubtful
+
+    @property
+    def is_well(self) -> bool:
+        """Whether the server can be asked, and has not been silent for a second."""
+        return self.state is OPEN and not self._silence.is_doubtful
+
+    def follow_shards(self) -> None:
+        """Leave the server at once for the one that `shards` names, unless this one is well and of that term."""
+        if self.is_in_trouble or self.info.term < self.shards.terms[self.shard]:
+            self.lose(f"another server has shard {self.shard} now, at {self.shards.endpoints[self.shard]}")
+            self.attempts.at_once(self.now)
 
     @property
     def is_waiting(self) -> bool:
@@ -307,7 +338,15 @@ class Session:
     def step(
         self, handle: StreamHandle, x: npt.ArrayLike, rows: npt.ArrayLike | None = None, keep: bool = False
     ) -> StepCall:
-        """Send frames of a handle's streams; with `keep` the outputs wait to be taken with `take`.
+        """Send frames of a handle's streams; see `prepare_step`."""
+        call = self.prepare_step(handle, x, rows, keep)
+        self.queue.submit(call)
+        return call
+
+    def prepare_step(
+        self, handle: StreamHandle, x: npt.ArrayLike, rows: npt.ArrayLike | None = None, keep: bool = False
+    ) -> StepCall:
+        """Make a call for `queue.submit`; with `keep` the outputs wait to be taken with `take`.
 
         A handle of one stream takes [features] or [T, features]; a group [N, features] or [T, N, features], where N is
         the number of `rows`, or of all its streams.
@@ -325,9 +364,7 @@ class Session:
             frames, prefix = arguments.group_frames(x, len(table_rows), info.features)
         if handle.has_ended:
             self.table.check_not_ended(table_rows)
-        call = StepCall(self.queue, handle, table_rows, frames, (*prefix, info.outputs), self.table.stamp(), keep)
-        self.queue.submit(call)
-        return call
+        return StepCall(self.queue, handle, table_rows, frames, (*prefix, info.outputs), self.table.stamp(), keep)
 
     def finish(self, handle: StreamHandle) -> None:
         """Send nothing more; outputs end after those of frames sent with `keep`."""
@@ -371,6 +408,10 @@ class Session:
     def models(self) -> Question[list[ServedModel]]:
         """Ask for the server's models."""
         return self.ask(Question(self, Kind.MODELS, Kind.SERVED, replies.served))
+
+    def where(self) -> Question[ShardTable]:
+        """Ask where the shards are."""
+        return self.ask(Question(self, Kind.SHARDS, Kind.SHARDED, ShardTable.unpack))
 
     def list_streams(self, cursor: int, most: int, place: int, prefix: str) -> Question[tuple[list[ListedStream], int]]:
         """Ask for a page of at most `most` streams; `place` is a `wire.Place` or 0, `cursor` 0 at first."""
@@ -502,6 +543,22 @@ class Session:
             raise MalformedMessage(
                 f"it speaks protocol version {info.protocol_version}, this client {wire.PROTOCOL_VERSION}"
             )
+        if self._info is None:
+            self.shards, self.shard = ShardMap(info.shards), info.shard
+            if info.is_in_cluster:
+                self._silence.doubt_s = _DOUBT_S
+        try:
+            self.shards.check_count(info.shards)
+        except ConnectionFailed as error:
+            self.fail(ConnectionFailed, str(error))
+            return
+        if not self.shards.stays(info.shard, info.term, self.endpoint) or info.shard != self.shard:
+            place = self.shards.endpoints[self.shard] or "no known endpoint"
+            self.lose(
+                f"the server at {self.endpoint} has shard {info.shard} in term {info.term}, and shard {self.shard} is "
+                f"in term {self.shards.terms[self.shard]} now, at {place}"
+            )
+            return
         former, self._info = self._info, info
         if former is None:
             self.queue.limit(info)
@@ -557,8 +614,9 @@ class Session:
         elif self.attempts.is_over(self.now):
             self.fail(ConnectionFailed, self.attempts.why_given_up())
         elif self.attempts.is_due(self.now) and self.is_waiting:
-            self.lose("")
+            self.lose(f"nobody answers at {self.endpoint}")
         elif self.attempts.is_due(self.now):
+            self.endpoint = self.shards.endpoints[self.shard] or self.endpoint
             self.attempts.begin(self.now)
             self._wants_socket = True
             self._is_new = True

@@ -183,7 +183,6 @@ class _ThreadHandle(InThread[H], Generic[H]):
         """The methods of `Client` make these."""
         super().__init__(thread, handle)
         self._client = client
-        self._session, self._handle = handle._session, handle._handle
 
 
 class Stream(_ThreadHandle[AsyncStream], StreamView):
@@ -196,6 +195,7 @@ class Stream(_ThreadHandle[AsyncStream], StreamView):
     def __init__(self, client: object, thread: LoopThread, handle: AsyncStream) -> None:
         """The methods of `Client` make these."""
         super().__init__(client, thread, handle)
+        self._session, self._handle = handle._session, handle._handle
         self._taken: deque[Call[TimedOutputs] | None] = deque()
         """Ended calls whose outputs iterating returns next."""
 
@@ -238,6 +238,11 @@ class Stream(_ThreadHandle[AsyncStream], StreamView):
 class Group(_ThreadHandle[AsyncGroup], GroupView):
     """Streams that are stepped together by one array, with the methods of `AsyncGroup`. It keeps its client alive."""
 
+    def __init__(self, client: object, thread: LoopThread, handle: AsyncGroup) -> None:
+        """The methods of `Client` make these."""
+        super().__init__(client, thread, handle)
+        self._names, self._parts = handle._names, handle._parts
+
     step = blocking(AsyncGroup.step)
     step_timed = blocking(AsyncGroup.step_timed)
     read_state = blocking(AsyncGroup.read_state)
@@ -250,7 +255,7 @@ class Group(_ThreadHandle[AsyncGroup], GroupView):
 
 
 class Client(InThread[AsyncClient]):
-    """A connection to one model of one server, usable from many threads; use it as `with Client() as client`.
+    """A client of one model of a server or cluster, usable from many threads; use it as `with Client() as client`.
 
     Methods and their arguments are those of `AsyncClient`.
 
@@ -311,7 +316,7 @@ class Client(InThread[AsyncClient]):
 
     @property
     def info(self) -> ServerInfo:
-        """The server's description of itself.
+        """The server's description of itself; see `AsyncClient.info`.
 
         Raises:
             ClientClosed: before the client was connected.

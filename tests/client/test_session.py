@@ -18,7 +18,7 @@ from instep_client.protocol.errors import (
     Refused,
     StreamEvicted,
 )
-from instep_client.protocol.wire import Kind
+from instep_client.protocol.wire import PROTOCOL_VERSION, Kind
 from instep_client.session import Session
 from tests.support.fake_server import INFO, Message, error, evicted, goodbye, pack, stepped, welcome
 from tests.support.session_link import Link, headers, refuse
@@ -28,7 +28,7 @@ X = np.ones(3, np.float32)
 
 def test_the_first_message_is_hello_and_its_answer_is_the_info() -> None:
     link = Link(greet=False)
-    assert headers(link.advance()) == [[Kind.HELLO, 1, 8, "test", ""]]
+    assert headers(link.advance()) == [[Kind.HELLO, 1, PROTOCOL_VERSION, "test", ""]]
     with pytest.raises(ClientClosed):
         _ = link.session.info
     with pytest.raises(ClientClosed):

@@ -174,6 +174,8 @@ class FakeRules:
         self.draining = False
         self.ready = 1.0
         """What STATS says of it."""
+        self.table: list[tuple[int, str]] = []
+        """The term and endpoint of each shard, for SHARDS."""
         self.boots = 0
         self.blocks: list[tuple[int, int]] = []
         """(T, N) of every STEP seen."""
@@ -453,6 +455,14 @@ class FakeRules:
 
     def _ping(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         return [pack(Kind.PONG, header[1])]
+
+    def _shards(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
+        terms, endpoints = zip(*self.table, strict=True)
+        return [
+            pack(Kind.SHARDED, header[1], len(terms)),
+            np.array(terms, "<u8").tobytes(),
+            "\n".join(endpoints).encode(),
+        ]
 
     def _list(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         found = [

@@ -176,7 +176,8 @@ class ServerInfo:
     window_frames: int
     """The most frames of one stream from the first unacknowledged output on, including that one."""
     durability: str
-    """The failures that answers survive: `memory` none, `commit` a killed process, `fsync` also a loss of power."""
+    """The failures that answers survive: `memory` none, `commit` a killed process, `fsync` also a loss of power, and
+    `copied` the loss of a machine."""
     park_s: float
     """Seconds for which a stream is kept after its connection is lost; 0 for not at all."""
     shard: int = 0
@@ -187,6 +188,11 @@ class ServerInfo:
     """The number of this server among those that the shard has had on any node; 0 without a directory."""
     output_names: tuple[str, ...] = ()
     """Names of the outputs, in order; empty if they have none."""
+
+    @property
+    def is_in_cluster(self) -> bool:
+        """Whether other servers may have other streams, or take this one's place."""
+        return self.shards > 1 or self.term > 0
 
     def wire_fields(self) -> list[Any]:
         """The fields in the form that the header of WELCOME has."""

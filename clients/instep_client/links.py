@@ -1,0 +1,216 @@
+"""The connections of one client: the first one, and those to other shards of its server's cluster.
+
+Most clients have one. The first welcome says whether the server is a shard of a cluster; then the connections to other
+shards are made when they are needed first, and `Links` asks where the shards are while one of them is in trouble.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from instep_client.arguments import Indices, good_names
+from instep_client.connection import ENDED, OPEN, Call
+from instep_client.driver import Driver
+from instep_client.key_files import ClientKeys
+from instep_client.protocol.errors import ConnectionFailed, InstepError
+from instep_client.protocol.wire import shard_of
+from instep_client.session import Session
+
+_LOOK_S: Final = 0.25
+"""The time between two questions where the shards are, and before the next of several given endpoints is tried."""
+_ANSWER_S: Final = 1.0
+"""The longest wait for an answer to that question."""
+
+
+class Link(NamedTuple):
+    """One connection."""
+
+    session: Session
+    driver: Driver
+
+
+async def all_of(asked: Sequence[tuple[Link, Call[Any]]]) -> None:
+    """Wait until all these calls have ended. If the waiting task is cancelled, all are."""
+    try:
+        for link, _ in asked:
+            link.driver.wake()
+        for link, call in asked:
+            await link.driver.until_woken(call)
+    except BaseException:
+        cancel_all(asked)
+        raise
+
+
+def cancel_all(asked: Sequence[tuple[Link, Call[Any]]]) -> None:
+    """Cancel calls in their sessions."""
+    for link, call in asked:
+        link.session.cancel(call)
+        link.driver.wake()
+
+
+class Links:
+    """The connections of one client, by shard.
+
+    Args:
+        endpoints: of servers of one cluster, separated by commas; one has to answer.
+        keys: the client's.
+        settings: of every session.
+
+    Raises:
+        InvalidInput: for a bad endpoint or setting.
+    """
+
+    def __init__(self, endpoints: str, keys: ClientKeys | None, **settings: Any) -> None:
+        self._keys = keys
+        self._settings = settings
+        self._trouble = asyncio.Event()
+        self._given = [self._make(endpoint.strip(" "), self._trouble) for endpoint in endpoints.split(",")]
+        self._endpoints = [link.session.endpoint for link in self._given]
+        self.first = self._given[0]
+        """The connection to the server that answered first."""
+        self._by_shard: dict[int, Link] = {}
+        self._following: asyncio.Task[None] | None = None
+        self._looks = 0
+        self._is_closed = False
+
+    def _make(self, endpoint: str, trouble: asyncio.Event | None = None, **other: Any) -> Link:
+        session = Session(endpoint, **(self._settings | other))
+        return Link(session, Driver(session, self._keys, trouble=trouble))
+
+    def __len__(self) -> int:
+        """The number of shards, 1 for a server on its own and before the first welcome."""
+        return len(self.first.session.shards)
+
+    @property
+    def are_open(self) -> bool:
+        """Whether every connection is open."""
+        return all(link.session.state is OPEN for link in self._by_shard.values() or [self.first])
+
+    async def connect(self, wait: bool) -> None:
+        """Connect, and learn where the other shards are; see `Driver.start`.
+
+        Of several endpoints the first that answers is used. If none does, this raises the error of the first one.
+        """
+        try:
+            await self._reach(wait)
+            self._by_shard[self.first.session.shard] = self.first
+            self._settings["model"] = self.first.session.info.model  # another server may have another default
+            if self.first.session.info.is_in_cluster:
+                await self._ask(self.first)
+                self._following = asyncio.create_task(self._follow())
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _reach(self, wait: bool) -> None:
+        async def start(link: Link, delay_s: float) -> Link:
+            await asyncio.sleep(delay_s)
+            await link.driver.start(wait)
+            return link
+
+        starts = [asyncio.create_task(start(link, turn * _LOOK_S)) for turn, link in enumerate(self._given)]
+        try:
+            for answer in asyncio.as_completed(starts):
+                with suppress(InstepError):
+                    self.first = await answer
+                    return
+            await starts[0]
+        finally:
+            for task in starts:
+                task.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
+            await self._stop(link for link in self._given if link is not self.first)
+
+    async def close(self, park: bool = False) -> None:
+        """Close every connection and its streams; see `Driver.stop`."""
+        self._is_closed = True
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.wait([self._following])
+        await self._stop({self.first, *self._by_shard.values()}, park)
+
+    @staticmethod
+    async def _stop(links: Iterable[Link], park: bool = False) -> None:
+        await asyncio.gather(*(link.driver.stop(park) for link in links))
+
+    # ── Shards ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def of_shard(self, shard: int) -> Link:
+        """The connection to a shard. Calls wait while it is not open yet; one that was given up is made anew."""
+        if len(self) == 1 or self._is_closed:
+            return self.first
+        former = self._by_shard.get(shard)
+        if former is not None and former.session.state is not ENDED:
+            return former
+        first = self.first.session
+        link = self._make(first.shards.endpoints[shard] or first.endpoint, self._trouble)
+        link.session.join(first, shard, time.monotonic())
+        link.driver.begin()
+        self._by_shard[shard] = link
+        if former is not None:
+            await former.driver.stop()
+        return link
+
+    async def of_stream(self, name: str) -> Link:
+        """The connection to the shard to which a stream of this name belongs."""
+        (name,) = good_names([name])
+        return await self.of_shard(shard_of(name, len(self)))
+
+    async def of_streams(self, names: Sequence[str]) -> list[tuple[Link, Indices]]:
+        """The connections to the shards of these streams, each with the indices of its names."""
+        if len(self) == 1:
+            return [(self.first, np.arange(len(names)))]
+        shards = np.array([shard_of(name, len(self)) for name in names])
+        return [(await self.of_shard(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards).tolist()]
+
+    async def all(self) -> list[Link]:
+        """The connections to all shards, in order."""
+        return [await self.of_shard(shard) for shard in range(len(self))]
+
+    async def _ask(self, link: Link) -> None:
+        """Ask where the shards are, and leave servers in whose place the answer names others."""
+        table, shards = await link.driver.wait(link.session.where()), self.first.session.shards
+        try:
+            moved = shards.take(table, link.session.endpoint)
+        except ConnectionFailed as error:
+            for other in self._by_shard.values():
+                other.session.fail(ConnectionFailed, str(error))
+                other.driver.wake()
+            raise
+        for shard in moved:
+            if shard in self._by_shard:
+                self._by_shard[shard].session.follow_shards()
+                self._by_shard[shard].driver.wake()
+
+    async def _follow(self) -> None:
+        while True:
+            await self._trouble.wait()
+            self._trouble.clear()
+            await asyncio.sleep(_LOOK_S)
+            while any(link.session.is_in_trouble for link in self._by_shard.values()):
+                with suppress(InstepError, TimeoutError):
+                    async with asyncio.timeout(_ANSWER_S):
+                        await self._look()
+                await asyncio.sleep(_LOOK_S)
+
+    async def _look(self) -> None:
+        """Ask where the shards are: the server of another shard or, if all are in trouble, one that was not tried."""
+        self._looks += 1
+        sessions = [link.session for link in self._by_shard.values()]
+        if well := [link for link in self._by_shard.values() if link.session.is_well]:
+            await self._ask(well[self._looks % len(well)])
+            return
+        known, tried = [*sessions[0].shards.endpoints, *self._endpoints], {session.endpoint for session in sessions}
+        if others := [endpoint for endpoint in dict.fromkeys(known) if endpoint and endpoint not in tried]:
+            scout = self._make(others[self._looks % len(others)], reconnect_s=0.0, timeout_s=_ANSWER_S)
+            try:
+                await scout.driver.start(wait=False)
+                await self._ask(scout)
+            finally:
+                await scout.driver.stop()

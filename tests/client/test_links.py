@@ -1,0 +1,296 @@
+"""One client of several shards: groups over real ones, and where it goes when a server is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, contextmanager
+from dataclasses import replace
+from socket import create_server
+
+import numpy as np
+import pytest
+import torch
+
+from instep.frontends.shards import Shard
+from instep.server.server import Server
+from instep_client import (
+    AsyncClient,
+    Client,
+    Code,
+    ConnectionFailed,
+    ConnectionRefused,
+    FramesRefused,
+    StreamEvicted,
+    StreamRefused,
+)
+from instep_client.protocol.wire import ShardTable
+from tests.support.fake_server import RING_INFO, FakeServer, reference
+from tests.support.models import SMALL, torch_gru
+from tests.support.running import running
+
+NAMES = [f"mic-{number}" for number in range(10)]
+RNG = np.random.default_rng(5)
+X = RNG.standard_normal((4, len(NAMES), 5)).astype(np.float32)
+
+
+def shard_of(name: str, shards: int) -> int:
+    return zlib.crc32(name.encode()) % shards
+
+
+def name_like(name: str, shard: int) -> str:
+    """A name of that shard of 3."""
+    return next(each for each in (f"{name}-{number}" for number in range(99)) if shard_of(each, 3) == shard)
+
+
+@asynccontextmanager
+async def shards(count: int) -> AsyncIterator[list[Server]]:
+    """Real servers, which share a table once all of them listen."""
+    places = [Shard(number, count) for number in range(count)]
+    async with AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(running(SMALL, shard=place)) for place in places]
+        for place in places:
+            place.table = ShardTable(np.zeros(count, np.uint64), tuple(server.endpoint for server in servers))
+        yield servers
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[AsyncClient]:
+    async with shards(3) as servers, AsyncClient(servers[1].endpoint) as client:
+        yield client
+
+
+async def test_a_group_over_shards_is_as_one_of_a_single_server(client: AsyncClient) -> None:
+    assert {shard_of(name, 3) for name in NAMES} == {0, 1, 2}
+    async with running(SMALL) as server, AsyncClient(server.endpoint) as alone:
+        groups = [await each.open_group(NAMES) for each in (client, alone)]
+        answers = [[await group.step(X), await group.step(X[0, [7, 2, 5]], rows=[7, 2, 5])] for group in groups]
+        for one, other in zip(*answers, strict=True):
+            assert one.tobytes() == other.tobytes()
+        with torch.no_grad():
+            truth = torch_gru(SMALL)(torch.from_numpy(X))[0].numpy()
+        assert np.allclose(answers[0][0], truth, atol=1e-5)
+        group, single = groups
+        assert group.names == single.names == tuple(NAMES)
+        assert repr(group) == repr(single)
+        assert group.next_seqs.tolist() == single.next_seqs.tolist() == [4, 4, 5, 4, 4, 5, 4, 5, 4, 4]
+        assert (group.moved_at == -1).all()
+        given = RNG.standard_normal((len(NAMES), 1, 8)).astype(np.float32)
+        for each in groups:
+            await each.reset(given)
+        (seqs, state), (_, same) = [await each.read_state() for each in groups]
+        assert seqs.tolist() == group.next_seqs.tolist()
+        assert state["h"].tobytes() == same["h"].tobytes() == given.tobytes()
+        finals = [await each.close() for each in groups]
+        assert finals[0]["h"].tobytes() == given.tobytes()
+
+
+async def test_streams_are_continued_where_their_names_belong(client: AsyncClient) -> None:
+    group = await client.open_group(NAMES, {"h": np.ones((len(NAMES), 1, 8), np.float32)})
+    await group.step(X)
+    again = await client.resume_group(NAMES, group.next_seqs, group.epochs)
+    assert again.next_seqs.tolist() == [4] * len(NAMES)
+    assert (again.epochs > group.epochs).all()
+    with pytest.raises(StreamEvicted):
+        await group.step(X)
+    stream = await client.resume(NAMES[3], take_over=True)
+    assert (await client.read_state(NAMES[3]))[0] == stream.next_seq == 4
+    copy = await client.restore(await client.snapshot(NAMES[3]), "copy")
+    assert (await copy.step(X[0, 0])).tobytes() == (await stream.step(X[0, 0])).tobytes()
+
+
+async def test_a_copy_stays_in_its_shard(client: AsyncClient) -> None:
+    group = await client.open_group(NAMES)
+    names = [name_like(name, shard_of(name, 3)) for name in NAMES]
+    await group.step(X)
+    copies = await group.fork(names)
+    assert copies.next_seqs.tolist() == [4] * len(NAMES)
+    assert (await copies.step(X)).tobytes() == (await group.step(X)).tobytes()
+    await copies.close()
+    with pytest.raises(StreamRefused) as refused:
+        await group.fork([*names[:-1], name_like("x", (shard_of(NAMES[-1], 3) + 1) % 3)])
+    assert refused.value.code is Code.WRONG_SHARD
+    assert sorted(stream.name for stream in await client.list_streams()) == sorted(NAMES)
+
+
+async def test_a_group_over_shards_is_opened_whole_or_not_at_all(client: AsyncClient) -> None:
+    await client.open(NAMES[4])
+    with pytest.raises(StreamRefused) as refused:
+        await client.open_group(NAMES)
+    assert (refused.value.code, refused.value.stream) == (Code.NAME_IN_USE, NAMES[4])
+    assert [stream.name for stream in await client.list_streams()] == [NAMES[4]]
+
+
+async def test_outputs_of_other_shards_are_kept_when_one_refuses_frames(client: AsyncClient) -> None:
+    group = await client.open_group(NAMES)
+    bad = X.copy()
+    bad[2, 3] = bad[1, 8] = np.nan
+    with pytest.raises(FramesRefused) as refused:
+        await group.step(bad)
+    assert [(each.stream, each.seq) for each in refused.value.failures] == [(NAMES[3], 2), (NAMES[8], 1)]
+    missing = np.isnan(refused.value.outputs).all(axis=-1)
+    assert np.argwhere(missing).tolist() == [[1, 8], [2, 3], [2, 8], [3, 3], [3, 8]]
+    assert await client.remove_streams([NAMES[6], "nobody"]) == ["nobody"]
+    with pytest.raises(StreamEvicted) as evicted:
+        await group.step(X)
+    assert (evicted.value.code, evicted.value.stream) == (Code.BY_OPERATOR, NAMES[6])
+    before = group.next_seqs
+    with pytest.raises(StreamEvicted) as evicted:
+        await group.step(X)
+    assert evicted.value.outputs is None
+    assert group.next_seqs.tolist() == before.tolist()
+    finals = await group.close()
+    assert np.flatnonzero(np.isnan(finals["h"]).all(axis=(1, 2))).tolist() == [6]
+
+
+async def test_all_shards_are_asked_about_the_server(client: AsyncClient) -> None:
+    group = await client.open_group(NAMES)
+    await group.step(X)
+    assert sorted(stream.name for stream in await client.list_streams()) == sorted(NAMES)
+    assert [stream.name for stream in await client.list_streams(NAMES[2])] == [NAMES[2]]
+    (model,) = await client.list_models()
+    assert (model.name, model.streams, model.frames, model.connections) == (SMALL.name, len(NAMES), X[..., 0].size, 3)
+    numbers = await client.stats()
+    assert (numbers["frames_total"], numbers["streams_open"], numbers["ready"]) == (X[..., 0].size, len(NAMES), 1)
+    assert await client.ping() < 10
+    assert (client.info.shard, client.info.shards) == (1, 3)
+
+
+async def test_threads_use_groups_over_shards() -> None:
+    async with shards(3) as servers:
+
+        def work() -> tuple[list[int], tuple[int, ...]]:
+            with Client(servers[0].endpoint) as client:
+                group = client.open_group(NAMES)
+                outputs = group.step(X)
+                stream = client.open("stream")
+                return group.next_seqs.tolist(), (*outputs.shape, stream.next_seq, len(group))
+
+        assert await asyncio.to_thread(work) == ([4] * len(NAMES), (*X.shape[:2], 8, 0, len(NAMES)))
+
+
+# ── Endpoints, and servers that are lost ───────────────────────────────────────────────────────────────────────────
+
+
+def closed_port() -> str:
+    with closing(create_server(("127.0.0.1", 0))) as listener:
+        return f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_one_of_several_endpoints_has_to_answer(server: FakeServer) -> None:
+    dead = closed_port()
+    with Client(f"{dead}, {dead},{server.endpoint}") as client:
+        assert client.open("a").next_seq == 0
+    with pytest.raises(ConnectionRefused):
+        Client(f"{dead},{closed_port()}").connect()
+
+
+@contextmanager
+def fakes(*places: tuple[int, int]) -> Iterator[list[FakeServer]]:
+    """Servers of a cluster of two shards; each is (shard, term). The first of each shard is in everybody's table."""
+    with ExitStack() as stack:
+        made = [
+            stack.enter_context(FakeServer(replace(RING_INFO, shard=shard, shards=2, term=term)))
+            for shard, term in places
+        ]
+        served = [next((t, each.endpoint) for each, (s, t) in zip(made, places, strict=True) if s == n) for n in (0, 1)]
+        for each in made:
+            each.rules.table = list(served)
+        yield made
+
+
+def takes_over(former: FakeServer, server: FakeServer) -> None:
+    """A server has the streams of its predecessor."""
+    server.rules.streams, server.rules._numbers = former.rules.streams, former.rules._numbers
+    server.rules.restart()
+
+
+OF_0, OF_1 = "mic-1", "mic-4"
+FRAMES = RNG.standard_normal((12, 3)).astype(np.float32)
+
+
+def fall_silent(server: FakeServer) -> None:
+    server.do(lambda: setattr(server.rules, "fault", lambda header, frames: []))
+
+
+def say_goodbye(server: FakeServer) -> None:
+    server._order(server.rules.shut_down)
+
+
+@pytest.mark.parametrize("end", [fall_silent, say_goodbye])
+async def test_a_client_goes_where_the_table_names_a_higher_term(end: Callable[[FakeServer], object]) -> None:
+    with fakes((0, 1), (1, 1), (0, 2)) as (first, other, successor):
+        async with AsyncClient(first.endpoint) as client:
+            stream, elsewhere = await client.open(OF_0), await client.open(OF_1)
+            outputs = [await stream.step(x) for x in FRAMES[:6]]
+            takes_over(first, successor)
+            end(first)
+            other.rules.table[0] = (2, successor.endpoint)
+            outputs += [await stream.step(x) for x in FRAMES[6:]]
+            assert np.array_equal(np.array(outputs), reference(FRAMES)[0])
+            assert (await elsewhere.step(FRAMES[:2])).shape == (2, 2)
+            assert client.is_connected
+
+
+async def test_servers_that_no_connection_leads_to_are_asked_where_all_are_lost() -> None:
+    with fakes((0, 1), (1, 1), (0, 2)) as (first, other, successor):
+        async with AsyncClient(first.endpoint) as client:
+            stream = await client.open(OF_0)
+            takes_over(first, successor)
+            fall_silent(first)
+            other.rules.table[0] = (2, successor.endpoint)
+            assert np.array_equal(await stream.step(FRAMES), reference(FRAMES)[0])
+
+
+async def test_a_copy_of_the_only_shard_is_found_at_the_other_endpoint() -> None:
+    info = replace(RING_INFO, term=1)
+    with FakeServer(info) as first, FakeServer(replace(info, term=2)) as successor:
+        first.rules.table, successor.rules.table = [(1, first.endpoint)], [(2, successor.endpoint)]
+        async with AsyncClient(f"{first.endpoint},{successor.endpoint}") as client:
+            stream = await client.open(OF_0)
+            takes_over(first, successor)
+            fall_silent(first)
+            assert np.array_equal(await stream.step(FRAMES), reference(FRAMES)[0])
+
+
+async def test_tables_and_servers_of_a_lower_term_are_not_followed() -> None:
+    with fakes((0, 2), (1, 1), (0, 3), (0, 1)) as (first, other, successor, former):
+        async with AsyncClient(first.endpoint) as client:
+            stream, _ = await client.open(OF_0), await client.open(OF_1)
+            other.rules.table[0] = (1, former.endpoint)
+            first.do(first.rules.restart)
+            await stream.step(FRAMES[0])
+            first.rules.info = replace(first.rules.info, term=1)  # as if a server of long ago had come back there
+            takes_over(first, successor)
+            first.do(first.rules.restart)
+            waiting = asyncio.create_task(stream.step(FRAMES[1:]))
+            await asyncio.sleep(0.5)
+            assert not waiting.done()
+            other.rules.table[0] = (3, successor.endpoint)
+            assert np.array_equal(await waiting, reference(FRAMES)[0][1:])
+        assert former.rules.kinds == []
+
+
+async def test_another_number_of_shards_ends_the_client() -> None:
+    with fakes((0, 0), (1, 0)) as (first, other):
+        async with AsyncClient(first.endpoint) as client:
+            stream = await client.open(OF_1)
+            other.rules.info = replace(other.rules.info, shards=3)
+            other.do(other.rules.restart)
+            with pytest.raises(ConnectionFailed, match=r"2 .* 3"):
+                await stream.step(FRAMES[0])
+
+
+async def test_a_shard_that_nobody_serves_is_waited_for() -> None:
+    with fakes((0, 0), (1, 0)) as (first, other):
+        first.rules.table[1] = (0, "")
+        async with AsyncClient(first.endpoint, reconnect_s=0.0) as client:
+            with pytest.raises(ConnectionFailed):
+                await client.open(OF_1)
+        async with AsyncClient(first.endpoint) as client:
+            opening = asyncio.create_task(client.open_group([OF_0, OF_1]))
+            await asyncio.sleep(0.4)
+            assert not opening.done()
+            first.rules.table[1] = (0, other.endpoint)
+            assert (await (await opening).step(FRAMES[:2])).shape == (2, 2)
