@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import add
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, get_args
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,8 @@ from instep_client.arguments import Indices, counts, good_names, group_frames, r
 from instep_client.connection import Call
 from instep_client.frames import TimedOutputs
 from instep_client.key_files import read_client_keys
-from instep_client.links import Link, Links, all_of, cancel_all
+from instep_client.links import Link, Links, all_of
+from instep_client.protocol.codes import HAVE_ALL
 from instep_client.protocol.errors import (
     FramesRefused,
     InvalidInput,
@@ -32,6 +33,7 @@ from instep_client.session import Session
 from instep_client.states import GivenState, State, StreamSnapshot, as_state, state_rows
 from instep_client.streams import StreamHandle
 
+A = TypeVar("A", bound=npt.NDArray[Any])
 R = TypeVar("R")
 
 StreamPlace: TypeAlias = Literal["connected", "parked", "hibernating"]
@@ -97,11 +99,10 @@ class GroupView:
     _names: tuple[str, ...]
     _parts: Sequence[GroupPart]
 
-    def _gather(self, arrays: Sequence[Any]) -> Any:
+    def _gather(self, arrays: Iterable[A]) -> A:
         """One array of the group from the arrays [N, …] of its parts."""
-        if len(arrays) == 1:
-            return arrays[0]
-        return np.concatenate(arrays)[np.argsort(np.concatenate([part.where for part in self._parts]))]
+        order = np.argsort(np.concatenate([part.where for part in self._parts]))
+        return cast(A, np.concatenate(list(arrays))[order])
 
     def __repr__(self) -> str:
         first, last = self.names[0], self.names[-1]
@@ -118,21 +119,17 @@ class GroupView:
     @property
     def next_seqs(self) -> U64:
         """The seq of the next frame of each stream, uint64 [N]."""
-        seqs: U64 = self._gather([link.session.table.next_seqs(handle) for link, handle, _ in self._parts])
-        return seqs
+        return self._gather(link.session.table.next_seqs(handle) for link, handle, _ in self._parts)
 
     @property
     def epochs(self) -> U64:
         """The epoch of each stream, uint64 [N]; see `AsyncStream.epoch`."""
-        epochs: U64 = self._gather([link.session.table.epochs(handle) for link, handle, _ in self._parts])
-        return epochs
+        return self._gather(link.session.table.epochs(handle) for link, handle, _ in self._parts)
 
     @property
     def moved_at(self) -> npt.NDArray[np.int64]:
         """`AsyncStream.moved_at` of each stream, int64 [N], with -1 for None."""
-        tables = [link.session.table.moved_at[handle.rows] for link, handle, _ in self._parts]
-        moved_at: npt.NDArray[np.int64] = self._gather(tables)
-        return moved_at
+        return self._gather(link.session.table.moved_at[handle.rows] for link, handle, _ in self._parts)
 
 
 class AsyncStream(StreamView):
@@ -272,24 +269,15 @@ class AsyncGroup(GroupView):
         self._parts = parts
 
     @classmethod
-    async def _opened(
-        cls, names: tuple[str, ...], parts: Sequence[tuple[Link, Indices]], open_: Callable[[int, Session], Opening]
-    ) -> AsyncGroup:
-        """The group of these streams, whose openings `open_` asks of each part's session: all of them, or none."""
-        asked: list[tuple[Link, Opening]] = []
-        try:
-            for number, (link, _) in enumerate(parts):
-                asked.append((link, open_(number, link.session)))
-        except BaseException:
-            cancel_all(asked)
-            raise
-        await all_of(asked)
-        opened = [(link, call) for link, call in asked if call.error is None]
-        if len(opened) < len(asked):
-            await all_of([(link, link.session.close(call.result())) for link, call in opened if call.begins_streams])
-        _raise_first([call for _, call in asked], names)
-        groups = zip(parts, asked, strict=True)
-        return cls(names, [GroupPart(link, call.result(), where) for (link, where), (_, call) in groups])
+    async def _opened(cls, names: tuple[str, ...], asked: Sequence[tuple[Link, Indices, Opening]]) -> AsyncGroup:
+        """The group of the streams that these calls open: all of them, or none."""
+        calls = [(link, call) for link, _, call in asked]
+        await all_of(calls)
+        opened = [(link, call.result()) for link, call in calls if call.error is None and call.begins_streams]
+        if any(call.error is not None for _, call in calls):
+            await all_of([(link, link.session.close(handle)) for link, handle in opened])
+        _raise_first([call for _, call in calls], names)
+        return cls(names, [GroupPart(link, call.result(), where) for link, where, call in asked])
 
     async def _ask(self, ask: Callable[[GroupPart], Call[R]]) -> list[R]:
         asked = [(part.link, ask(part)) for part in self._parts]
@@ -361,8 +349,7 @@ class AsyncGroup(GroupView):
             StreamRefused: naming the first stream that the server refuses; others may have been reset.
             InvalidInput: for states of another shape.
         """
-        given = _split(states, self._parts[0].link.session, [part.where for part in self._parts], len(self))
-        own = iter(given)
+        own = iter(_split(states, self._parts[0].link.session, [part.where for part in self._parts], len(self)))
         await self._ask(lambda part: part.link.session.reset(part.handle, next(own)))
 
     async def fork(self, names: Sequence[str]) -> AsyncGroup:
@@ -373,12 +360,13 @@ class AsyncGroup(GroupView):
         names = good_names(names)
         if len(names) != len(self):
             raise InvalidInput(f"{len(self)} streams are copied, there are names for {len(names)}")
-
-        def ask(number: int, session: Session) -> Opening:
-            part = self._parts[number]
-            return session.fork(part.handle, [names[index] for index in part.where.tolist()])
-
-        return await self._opened(names, [(part.link, part.where) for part in self._parts], ask)
+        for (session, _), handle, _ in self._parts:
+            session.check_handle(handle)  # so that no part is asked for if another one fails
+        forks = [
+            (link, where, link.session.fork(handle, [names[index] for index in where.tolist()]))
+            for link, handle, where in self._parts
+        ]
+        return await self._opened(names, forks)
 
     async def close(self) -> State:
         """Close all streams and return their final states, in which floats of ended streams are NaN.
@@ -412,15 +400,18 @@ def _joined(
 ) -> FramesRefused | StreamEvicted:
     """The errors of a step's parts as one, as if one server had refused all of it."""
     places = {name: place for place, name in enumerate(names)}
-    failures = [failure for error in errors for failure in error.failures]
-    failures.sort(key=lambda failure: places[failure.stream])
-    ended = [error for error in errors if isinstance(error, StreamEvicted)]
-    if ended:
-        first = min(ended, key=lambda error: places[error.stream])
-        first.failures, first.outputs = tuple(failures), outputs
-        return first
-    refused = min(errors, key=lambda error: places[error.failures[0].stream])
-    return FramesRefused(refused.code, refused.sentence, tuple(failures), outputs)
+    failures = tuple(
+        sorted((each for error in errors for each in error.failures), key=lambda each: places[each.stream])
+    )
+    first = min(errors, key=lambda each: (isinstance(each, FramesRefused), places[_stream(each)]))
+    if isinstance(first, FramesRefused):
+        return FramesRefused(first.code, first.sentence, failures, outputs)
+    first.failures, first.outputs = failures, outputs
+    return first
+
+
+def _stream(error: FramesRefused | StreamEvicted) -> str:
+    return error.failures[0].stream if isinstance(error, FramesRefused) else error.stream
 
 
 class AsyncClient:
@@ -569,13 +560,12 @@ class AsyncClient:
         """
         names = good_names(names)
         parts = await self._links.of_streams(names)
-        states = _split(initial_states, self._links.first.session, [where for _, where in parts], len(names))
-
-        def ask(number: int, session: Session) -> Opening:
-            own = [names[index] for index in parts[number][1].tolist()]
-            return session.open(own, states[number], single=False)
-
-        return await AsyncGroup._opened(names, parts, ask)
+        states = _split(initial_states, self._links.first.session, [where for _, where, _ in parts], len(names))
+        asked = [
+            (link, where, link.session.open(own, given, single=False))
+            for (link, where, own), given in zip(parts, states, strict=True)
+        ]
+        return await AsyncGroup._opened(names, asked)
 
     async def resume(self, name: str, have: int | None = None, epoch: int = 0, take_over: bool = False) -> AsyncStream:
         """Continue a stream that is parked, or that another client owns.
@@ -614,17 +604,13 @@ class AsyncClient:
             Refused: as `resume`, naming the first stream that the server refuses.
         """
         names = good_names(names)
-        parts = await self._links.of_streams(names)
-        all_have = None if have is None else counts(have, len(names), "have")
-        all_epochs = counts(epochs, len(names), "epochs")
-
-        def ask(number: int, session: Session) -> Opening:
-            where = parts[number][1]
-            own = [names[index] for index in where.tolist()]
-            own_have = None if all_have is None else all_have[where]
-            return session.resume(own, own_have, all_epochs[where], take_over, single=False)
-
-        return await AsyncGroup._opened(names, parts, ask)
+        seqs = counts(HAVE_ALL if have is None else have, len(names), "have")
+        numbers = counts(epochs, len(names), "epochs")
+        asked = [
+            (link, where, link.session.resume(own, seqs[where], numbers[where], take_over, single=False))
+            for link, where, own in await self._links.of_streams(names)
+        ]
+        return await AsyncGroup._opened(names, asked)
 
     async def read_state(self, name: str) -> tuple[int, State]:
         """Read the state of any stream of the server, even a parked one, without disturbing its owner.
@@ -689,9 +675,9 @@ class AsyncClient:
             Refused: NOT_ALLOWED without the role of an operator.
         """
         missing, names = list[str](), good_names(names)
-        for (session, driver), where in await self._links.of_streams(names):
-            for first in range(0, len(where), _PAGE):
-                page = [names[index] for index in where[first : first + _PAGE].tolist()]
+        for (session, driver), _, own in await self._links.of_streams(names):
+            for first in range(0, len(own), _PAGE):
+                page = own[first : first + _PAGE]
                 for failure in await driver.wait(session.remove(page, park)):
                     if failure.code not in (Code.UNKNOWN_STREAM, Code.EXPIRED):
                         raise StreamRefused(failure.code, failure.sentence, page[failure.column])
@@ -704,17 +690,18 @@ class AsyncClient:
         return [call.result() for _, call in asked]
 
     async def list_models(self) -> list[ServedModel]:
-        """The models of the server, beginning with the default. Of a cluster, the numbers of all shards are added up."""
+        """The models of the server, beginning with the default; of a cluster, with the sums over all shards."""
         found: dict[str, ServedModel] = {}
-        for model in chain.from_iterable(await self._ask_all(Session.models)):
+        for model in chain.from_iterable(await self._ask_all(lambda session: session.models())):
             former = found.get(model.name, model._replace(streams=0, connections=0, frames=0))
             sums = {name: getattr(former, name) + getattr(model, name) for name in ("streams", "connections", "frames")}
             found[model.name] = model._replace(**sums)
         return list(found.values())
 
     async def ping(self) -> float:
-        """The time of a round trip to the server, in seconds; of a cluster, to the slowest shard."""
-        return max(await self._ask_all(lambda session: session.ping(time.monotonic())))
+        """The time of a round trip to the server, in seconds; of a cluster, to the one connected first."""
+        session, driver = self._links.first
+        return await driver.wait(session.ping(time.monotonic()))
 
     async def stats(self) -> dict[str, float]:
         """The server's numbers for this client's model, by name, and `loop_lag_s`.

@@ -43,15 +43,10 @@ async def all_of(asked: Sequence[tuple[Link, Call[Any]]]) -> None:
         for link, call in asked:
             await link.driver.until_woken(call)
     except BaseException:
-        cancel_all(asked)
+        for link, call in asked:
+            link.session.cancel(call)
+            link.driver.wake()
         raise
-
-
-def cancel_all(asked: Sequence[tuple[Link, Call[Any]]]) -> None:
-    """Cancel calls in their sessions."""
-    for link, call in asked:
-        link.session.cancel(call)
-        link.driver.wake()
 
 
 class Links:
@@ -162,12 +157,14 @@ class Links:
         (name,) = good_names([name])
         return await self.of_shard(shard_of(name, len(self)))
 
-    async def of_streams(self, names: Sequence[str]) -> list[tuple[Link, Indices]]:
-        """The connections to the shards of these streams, each with the indices of its names."""
-        if len(self) == 1:
-            return [(self.first, np.arange(len(names)))]
+    async def of_streams(self, names: Sequence[str]) -> list[tuple[Link, Indices, list[str]]]:
+        """The connections to the shards of these streams, each with the indices of its streams, and their names."""
         shards = np.array([shard_of(name, len(self)) for name in names])
-        return [(await self.of_shard(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards).tolist()]
+        found = []
+        for shard in np.unique(shards).tolist():
+            where = np.flatnonzero(shards == shard)
+            found.append((await self.of_shard(shard), where, [names[index] for index in where.tolist()]))
+        return found
 
     async def all(self) -> list[Link]:
         """The connections to all shards, in order."""
@@ -202,11 +199,14 @@ class Links:
     async def _look(self) -> None:
         """Ask where the shards are: the server of another shard or, if all are in trouble, one that was not tried."""
         self._looks += 1
-        sessions = [link.session for link in self._by_shard.values()]
-        if well := [link for link in self._by_shard.values() if link.session.is_well]:
+        links = self._by_shard.values()
+        if well := [link for link in links if link.session.state is OPEN and not link.session.is_in_trouble]:
             await self._ask(well[self._looks % len(well)])
             return
-        known, tried = [*sessions[0].shards.endpoints, *self._endpoints], {session.endpoint for session in sessions}
+        known, tried = (
+            [*self.first.session.shards.endpoints, *self._endpoints],
+            {link.session.endpoint for link in links},
+        )
         if others := [endpoint for endpoint in dict.fromkeys(known) if endpoint and endpoint not in tried]:
             scout = self._make(others[self._looks % len(others)], reconnect_s=0.0, timeout_s=_ANSWER_S)
             try:

@@ -193,11 +193,6 @@ class Session:
         """Whether the connection is lost, or the server of a shard has been silent for a second."""
         return self.state is RECONNECTING or self._silence.is_doubtful
 
-    @property
-    def is_well(self) -> bool:
-        """Whether the server can be asked, and has not been silent for a second."""
-        return self.state is OPEN and not self._silence.is_doubtful
-
     def follow_shards(self) -> None:
         """Leave the server at once for the one that `shards` names, unless this one is well and of that term."""
         if self.is_in_trouble or self.info.term < self.shards.terms[self.shard]:
