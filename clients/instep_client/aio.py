@@ -400,9 +400,8 @@ def _joined(
 ) -> FramesRefused | StreamEvicted:
     """The errors of a step's parts as one, as if one server had refused all of it."""
     places = {name: place for place, name in enumerate(names)}
-    failures = tuple(
-        sorted((each for error in errors for each in error.failures), key=lambda each: places[each.stream])
-    )
+    failed = [failure for error in errors for failure in error.failures]
+    failures = tuple(sorted(failed, key=lambda failure: places[failure.stream]))
     first = min(errors, key=lambda each: (isinstance(each, FramesRefused), places[_stream(each)]))
     if isinstance(first, FramesRefused):
         return FramesRefused(first.code, first.sentence, failures, outputs)
@@ -692,7 +691,8 @@ class AsyncClient:
     async def list_models(self) -> list[ServedModel]:
         """The models of the server, beginning with the default; of a cluster, with the sums over all shards."""
         found: dict[str, ServedModel] = {}
-        for model in chain.from_iterable(await self._ask_all(lambda session: session.models())):
+        by_shard: list[list[ServedModel]] = await self._ask_all(lambda session: session.models())
+        for model in chain.from_iterable(by_shard):
             former = found.get(model.name, model._replace(streams=0, connections=0, frames=0))
             sums = {name: getattr(former, name) + getattr(model, name) for name in ("streams", "connections", "frames")}
             found[model.name] = model._replace(**sums)

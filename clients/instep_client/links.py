@@ -203,11 +203,8 @@ class Links:
         if well := [link for link in links if link.session.state is OPEN and not link.session.is_in_trouble]:
             await self._ask(well[self._looks % len(well)])
             return
-        known, tried = (
-            [*self.first.session.shards.endpoints, *self._endpoints],
-            {link.session.endpoint for link in links},
-        )
-        if others := [endpoint for endpoint in dict.fromkeys(known) if endpoint and endpoint not in tried]:
+        known = {*self.first.session.shards.endpoints, *self._endpoints} - {""}
+        if others := sorted(known - {link.session.endpoint for link in links}):
             scout = self._make(others[self._looks % len(others)], reconnect_s=0.0, timeout_s=_ANSWER_S)
             try:
                 await scout.driver.start(wait=False)
