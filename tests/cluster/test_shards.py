@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from instep.cluster import shards
 from instep.config import Config
 from instep.models.folder import write_model
+from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.replay import command
 from instep.server.checks import CannotServe, before_loading
@@ -240,13 +241,18 @@ def test_recordings_of_another_number_of_shards_are_refused(arguments: list[str]
     shards.rehearse(config, 4, log_into(told))
     assert [line["endpoint"] for line in told if line["event"] == "can serve"] == [f"{endpoint}.{k}" for k in range(4)]
     assert list(folder.iterdir()) == [], "nothing was written"
-    shards.claim(folder, 4)
+    for count in (6, 4):
+        shards.claim(folder, count)  # nothing was recorded, and 6 does not count
+    (folder / "shard-2" / "small.instep").touch()
     assert problems(4, endpoint, file=folder) == []
     for count in (6, 1):
         (problem,) = problems(count, endpoint, file=folder)
         assert f"of 4 shards, not {count}" in problem
     with pytest.raises(CannotServe, match="of 4 shards, not 2"):
         shards.rehearse(config, 2, log_into([]))
+    (folder / "shards").unlink()
+    with pytest.raises(RecordingError, match=re.escape(str(folder / "shards"))):
+        problems(4, endpoint, file=folder)
     (problem,) = problems(2, endpoint, file=tmp_path / "r.instep")
     assert str(tmp_path / "r.instep") in problem
     lone = tmp_path / "lone"

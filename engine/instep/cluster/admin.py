@@ -6,7 +6,8 @@ import asyncio
 import json
 import re
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import closing, suppress
 from html import escape
 from typing import Any, Final
 
@@ -69,12 +70,14 @@ async def serve_admin(config: HttpConfig, paths: Sequence[str], log: structlog.s
 
     def reload() -> None:
         try:
-            guard.tokens = read_tokens(config)
+            tokens = read_tokens(config)
         except InvalidInput as error:
             log.error("not reloaded", reason=str(error))
             return
-        for connection in list(server.server_state.connections):
-            connection.transport.abort()  # one that is open may have shown a token that was withdrawn
+        if tokens != guard.tokens:
+            guard.tokens = tokens
+            for connection in list(server.server_state.connections):
+                connection.transport.abort()  # it may have shown a token that was withdrawn
 
     await server.startup(sockets=[listener])
     for number, call in ((signal.SIGINT, ended.set), (signal.SIGTERM, ended.set), (signal.SIGHUP, reload)):
@@ -120,17 +123,17 @@ def make_app(paths: Sequence[str], log: structlog.stdlib.BoundLogger) -> ASGIApp
         return Response(b"".join(head + samples for head, samples in families.items()), media_type=CONTENT_TYPE)
 
     async def of_one(request: Request) -> Response:
-        number = request.path_params["shard"]
+        number, scope = request.path_params["shard"], request.scope
         if number >= len(paths):
             raise HttpError(404, "NOT_FOUND", f"there is no shard {number}: there are 0 to {len(paths) - 1}")
-        target = b"/" + request.scope["raw_path"].split(b"/", 3)[3] + b"?" + request.scope["query_string"]
+        target = b"/" + scope["raw_path"].split(b"/", 3)[3] + b"?" + scope["query_string"]
+        answer = _ask(paths[number], target, request.method, request.headers.get("last-event-id", ""))
         try:
             async with asyncio.timeout(_ANSWER_S):
-                last_event = request.headers.get("last-event-id", "")
-                status, headers, body = await _ask(paths[number], target, request.method, last_event)
+                status, headers = await anext(answer)
         except (OSError, EOFError):
             raise HttpError(503, "NOT_READY", f"shard {number}: {_SILENT}") from None
-        return StreamingResponse(body, status, headers)
+        return StreamingResponse(answer, status, headers)
 
     routes = [
         *(Route(path, health) for path in HEALTH),
@@ -145,41 +148,34 @@ def make_app(paths: Sequence[str], log: structlog.stdlib.BoundLogger) -> ASGIApp
 
 
 async def _ask_all(paths: Sequence[str], target: str) -> list[tuple[int, bytes]]:
-    """The status and the body from each shard; status 0 and {} if it does not answer."""
+    """The status and the body from each shard; 0 and {} if it does not answer."""
 
     async def ask(path: str) -> tuple[int, bytes]:
-        try:
+        with suppress(OSError, EOFError):
             async with asyncio.timeout(_ANSWER_S):
-                status, _, body = await _ask(path, target.encode())
-                return status, b"".join([part async for part in body])
-        except (OSError, EOFError):
-            return 0, b"{}"
+                (status, headers), *parts = [part async for part in _ask(path, target.encode())]
+                if len(body := b"".join(parts)) == int(headers["content-length"]):
+                    return status, body
+        return 0, b"{}"
 
     return await asyncio.gather(*map(ask, paths))
 
 
-async def _ask(
-    path: str, target: bytes, method: str = "GET", last_event: str = ""
-) -> tuple[int, dict[str, str], AsyncIterator[bytes]]:
-    """The status, the headers and the body that a shard answers.
+async def _ask(path: str, target: bytes, method: str = "GET", last_event: str = "") -> AsyncGenerator[Any]:
+    """Yield the status and the headers of an answer, and then its body in parts.
 
     Raises:
-        OSError, EOFError: when it does not answer.
+        OSError, EOFError: when the shard does not answer.
     """
     reader, writer = await asyncio.open_unix_connection(path)
-    also = f"Last-Event-ID: {last_event}\r\n" if last_event.isdecimal() else ""
-    writer.write(b"%s %s HTTP/1.0\r\nHost: localhost\r\n%s\r\n" % (method.encode(), target, also.encode()))
-    status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
-    headers = dict(line.split(": ", 1) for line in lines if not line.lower().startswith(("connection:", "date:")))
-
-    async def body() -> AsyncIterator[bytes]:
-        try:
-            while part := await reader.read(65_536):
-                yield part
-        finally:
-            writer.close()
-
-    return int(status.split(" ")[1]), headers, body()
+    with closing(writer):
+        also = f"Last-Event-ID: {last_event}\r\n" if last_event.isdecimal() else ""
+        writer.write(b"%s %s HTTP/1.0\r\nHost: localhost\r\n%s\r\n" % (method.encode(), target, also.encode()))
+        status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+        left_out = ("connection:", "date:")  # those of this connection
+        yield int(status.split()[1]), dict(each.split(": ", 1) for each in lines if not each.startswith(left_out))
+        while part := await reader.read(65_536):
+            yield part
 
 
 def _row(stats: dict[str, Any]) -> str:

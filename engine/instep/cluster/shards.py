@@ -15,7 +15,7 @@ import structlog
 
 from instep.config import Config
 from instep.frontends.shards import Shard, for_table
-from instep.recording.inspection import recordings_in
+from instep.recording.database import SUFFIX
 from instep.runtime.executor import usable_cores
 from instep.server.checks import CannotServe, Finding, before_loading, other_shards, settle, with_all_streams
 from instep.server.recording_files import SHARDS_FILE
@@ -52,9 +52,9 @@ def findings(config: Config, shards: int) -> Iterator[Finding]:
     if folder is not None and (others := list(other_shards(folder, shards))):
         yield from others
         return
-    if folder is not None and (lone := [each for each in recordings_in(folder) if each.parent == folder]):
+    if folder is not None and (lone := next(folder.glob(f"*{SUFFIX}"), None)):
         cure = "its streams would not be found: name another folder"
-        yield Finding("problem", f"{lone[0]} is the recording of a server without shards", cure)
+        yield Finding("problem", f"{lone} is the recording of a server without shards", cure)
     if shards > cores:
         yield Finding("warning", f"{shards} shards share {cores} cores", "use at most one shard for each core")
     found: dict[Finding, list[int]] = {}
@@ -114,9 +114,9 @@ def run(config: Config, shards: int, *, reread: Callable[[], Config], steps_apar
     with launching(config, findings(config, shards), reread, supervised=True, servers=shards) as launch:
         if config.recording.file is not None:
             claim(config.recording.file, shards)
-        sockets = Path(tempfile.mkdtemp(prefix="instep-"))
         kept = [Kept() for _ in range(shards)]
         children = [Child(number, f"shard {number}", launch.log.bind(shard=number)) for number in range(shards)]
+        sockets = Path(tempfile.mkdtemp(prefix="instep-"))
         if config.http.endpoint is not None:
             children.append(Child(shards, "the admin server", launch.log, is_helper=True))
         try:
@@ -137,8 +137,7 @@ def run(config: Config, shards: int, *, reread: Callable[[], Config], steps_apar
         shard = Shard(child.number, shards, table=table)
         launch = replace(launch, config=own(config), log=child.log, reread=lambda: own(reread()), shard=shard)
         try:
-            launch = replace(launch, steps_apart=steps_apart)
-            return serve_one(launch, kept[child.number], is_again=bool(child.deaths))
+            return serve_one(replace(launch, steps_apart=steps_apart), kept[child.number], is_again=bool(child.deaths))
         except CannotServe as error:
             raise CannotServe(f"shard {child.number}: {error}") from None
 

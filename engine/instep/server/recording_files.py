@@ -51,11 +51,18 @@ def check_several(place: Path, *, is_only: bool) -> None:
 
 
 def shards_in(folder: Path) -> int:
-    """The number of shards whose recordings are in a folder; 0 if there are none."""
+    """The number of shards whose recordings are in a folder; 0 if there are none.
+
+    Raises:
+        RecordingError: when the number is missing.
+    """
+    if next(folder.glob(f"shard-*/*{SUFFIX}"), None) is None:
+        return 0
     try:
         return int((folder / SHARDS_FILE).read_text())
     except (OSError, ValueError):
-        return 0
+        advice = "write there of how many shards the recordings are"
+        raise RecordingError(f"{folder / SHARDS_FILE} does not hold a number: {advice}") from None
 
 
 @dataclass(frozen=True, slots=True)
