@@ -457,10 +457,6 @@ class AsyncClient:
             endpoint = os.environ.get("INSTEP_ENDPOINT", DEFAULT_ENDPOINT)
         if model is None:
             model = os.environ.get("INSTEP_MODEL", "")
-        if key_file is None:
-            key_file = os.environ.get("INSTEP_KEY_FILE")
-        if server_key is None:
-            server_key = os.environ.get("INSTEP_SERVER_KEY")
         keys = read_client_keys(key_file, server_key)
         self._links = Links(endpoint, keys, name=name, timeout_s=timeout_s, reconnect_s=reconnect_s, model=model)
         self._wait = wait

@@ -57,11 +57,15 @@ ClientKeys: TypeAlias = tuple[str, str, str]
 def read_client_keys(key_file: str | Path | None, server_key: str | Path | None) -> ClientKeys | None:
     """Read NAME.key_secret of the client, and the server's public key, or NAME.key where there is such a file.
 
+    None for either stands for the variable INSTEP_KEY_FILE or INSTEP_SERVER_KEY.
+
     Without both it returns None.
 
     Raises:
         InvalidInput: a file cannot be used, or one of them is missing.
     """
+    key_file = os.environ.get("INSTEP_KEY_FILE") if key_file is None else key_file
+    server_key = os.environ.get("INSTEP_SERVER_KEY") if server_key is None else server_key
     if not key_file and not server_key:
         return None
     if not key_file or not server_key:

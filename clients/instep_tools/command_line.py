@@ -74,15 +74,13 @@ class CommandLine(typer.Typer):
         """
 
         def register(command: ServerCommand) -> ServerCommand:
-            def run(context: typer.Context, endpoint: str, as_json: bool, model: str = "", **own: Any) -> None:
+            def run(endpoint: str, as_json: bool, model: str = "", **own: Any) -> None:
                 from instep_tools.connect import Target
                 from instep_tools.running import run_command
                 from instep_tools.terminal import Terminal
 
                 def begin(terminal: Terminal, stop: Stop) -> Awaitable[Exit]:
-                    keys = context.find_root().params
-                    target = Target(endpoint, model, keys["key_file"], keys["server_key"])
-                    return command(target, terminal, stop, **own)
+                    return command(Target(endpoint, model), terminal, stop, **own)
 
                 raise typer.Exit(run_command(begin, Terminal(as_json), drains=drains))
 
@@ -91,7 +89,6 @@ class CommandLine(typer.Typer):
                 parameter("endpoint", DEFAULT_ENDPOINT, Endpoint),
                 *([parameter("model", "", ModelName)] if names_model else []),
                 parameter("as_json", False, AsJson),
-                parameter("context", inspect.Parameter.empty, typer.Context),
             ]
             self.command(name, examples=examples)(typed_as(run, command, [*own, *shared]))
             return command
@@ -125,8 +122,8 @@ def add_root_options(app: CommandLine, *, keys: bool = False) -> None:
             typer.echo(f"{app.info.name} {version('instep')}")
             raise typer.Exit
 
-    def root(**options: Any) -> None:
-        pass  # the commands read them from the context
+    def root(version: bool, **keys: str) -> None:
+        os.environ |= {f"INSTEP_{name.upper()}": value for name, value in keys.items() if value}  # for every client
 
     version = typer.Option("--version", "-V", callback=show, is_eager=True, help="Print the version and exit.")
     options = [parameter("version", False, Annotated[bool, version])]

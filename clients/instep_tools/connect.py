@@ -29,14 +29,10 @@ class Target(NamedTuple):
     endpoint: str
     model: str = ""
     """The model's name; empty for the server's default."""
-    key_file: str = ""
-    server_key: str = ""
 
     def client(self, name: str, reconnect_s: float = RECONNECT_S) -> AsyncClient:
         """A client of the target, to be connected."""
-        own = f"instep-client {name}", PATIENCE_S, reconnect_s
-        key_file, server_key = self.key_file or None, self.server_key or None
-        return AsyncClient(self.endpoint, *own, model=self.model, key_file=key_file, server_key=server_key)
+        return AsyncClient(self.endpoint, f"instep-client {name}", PATIENCE_S, reconnect_s, model=self.model)
 
 
 def leave_warnings_out() -> None:

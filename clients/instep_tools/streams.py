@@ -83,24 +83,24 @@ async def close(
     return await _remove(target, terminal, stop, names, prefix, place, park=False)
 
 
-@app.server_command("park", examples=["instep-client streams park mic-7", "instep-client streams park --prefix mic-"])
-async def park(
-    target: Target,
-    terminal: Terminal,
-    stop: Stop,
-    names: Names = [],  # noqa: B006
-    prefix: Prefix = None,
-    place: Where = None,
-) -> Exit:
-    """Take streams from their clients, by name, or all with a prefix or at a place; they wait to be resumed.
+@app.server_command("park", examples=["instep-client streams park mic-7 mic-8"])
+async def park(target: Target, terminal: Terminal, stop: Stop, names: Names) -> Exit:
+    """Take streams from their clients by name; they wait to be resumed.
 
     The clients that own them are notified. At a server with keys, only operators may do so.
     """
-    return await _remove(target, terminal, stop, names, prefix, place, park=True)
+    return await _remove(target, terminal, stop, names, park=True)
 
 
 async def _remove(
-    target: Target, terminal: Terminal, stop: Stop, names: list[str], prefix: Prefix, place: Where, *, park: bool
+    target: Target,
+    terminal: Terminal,
+    stop: Stop,
+    names: list[str],
+    prefix: Prefix = None,
+    place: Where = None,
+    *,
+    park: bool,
 ) -> Exit:
     if not names and prefix is None and place is None:
         raise CommandProblem("say which streams: their names, --prefix, or --place")

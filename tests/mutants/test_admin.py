@@ -9,8 +9,10 @@ import pytest
 from instep.config import endpoint
 from instep.frontends.http import security
 from instep.frontends.http.status import ServerStatus
+from instep.security.quotas import TokenBucket
 from tests.frontends.http import test_health, test_security
 from tests.frontends.http.test_security import token_file as token_file
+from tests.security import test_quotas
 from tests.support.broken_rules import BrokenRule, check_is_found
 
 pytestmark = pytest.mark.long
@@ -24,7 +26,7 @@ def any_host_is_this_machine(original: Any, host: str) -> bool:
     return True
 
 
-def nobody_asks_too_much(original: Any, limit: Any) -> float:
+def nobody_asks_too_much(original: Any, limit: Any, *numbers: float) -> float:
     return 0.0
 
 
@@ -47,9 +49,9 @@ RULES = (
     ),
     BrokenRule(
         "everybody may ask as often as they like",
-        replaces=security.RateLimit.take,
+        replaces=TokenBucket.take,
         variant=nobody_asks_too_much,
-        found_by=[test_security.test_a_rate_comes_back_with_time],
+        found_by=[test_quotas.test_a_block_larger_than_a_second_is_taken_and_the_next_one_waits_for_it],
     ),
     BrokenRule(
         "a server that drains says that it is ready",

@@ -288,7 +288,7 @@ async def test_an_exception_in_the_authenticator_refuses_one_handshake(
         async with RawClient(server.endpoint, curve=ring.curve("mic")) as client:
             await client.hello()
     line = next(line for line in told if line["event"] == "handshakes failed")
-    assert (line["failed"], line.get("unknown_key")) == (1, None)
+    assert (line["failed"], line.get("unknown_key"), str(line["exc_info"])) == (1, None, "a bug")
 
 
 async def test_the_server_ends_where_nobody_could_connect_any_more(

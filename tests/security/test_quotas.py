@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+
 import pytest
 
 from instep.security.principals import LOCAL, Principal, Quotas, Role
@@ -13,9 +16,17 @@ KEY = "rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"
 S = 1_000_000_000
 
 
+def nobody(connection: object) -> None:
+    raise AssertionError("it is asked")
+
+
+def everybody(name: str) -> bool:
+    return True
+
+
 def usage(**quotas: float) -> Usage:
     of = Quotas.model_validate(quotas)
-    return Usages(lambda number: 3).of(Principal(name="ann", key=KEY, role=Role.PRODUCER, quotas=of))
+    return Usages(lambda: Counter({1: 3})).of(Principal(name="ann", key=KEY, role=Role.PRODUCER, quotas=of))
 
 
 def wait_us(limited: Usage, frames: int, now_ns: int) -> int:
@@ -49,8 +60,8 @@ def test_a_block_larger_than_a_second_is_taken_and_the_next_one_waits_for_it() -
 def test_without_quotas_everything_is_counted_and_nothing_refused() -> None:
     free = usage()
     assert wait_us(free, 10**9, 0) == wait_us(free, 10**9, 0) == 0
-    free.kept_bytes, free.connections = 2**40, 10**6
-    free.check_unread()
+    free.kept_bytes, free.connections = 2**40, set(range(1000))
+    free.check_unread(nobody)
     free.check_connections()
     free.check_streams(10**6)
     assert free.frames_total == 2 * 10**9
@@ -59,33 +70,35 @@ def test_without_quotas_everything_is_counted_and_nothing_refused() -> None:
 
 def test_what_is_unread_connections_and_streams_are_bounded() -> None:
     limited = usage(unread_bytes=1000, connections=2, streams=5)
-    limited.kept_bytes, limited.connections = 1000, 1
-    limited.check_unread()
+    limited.kept_bytes, limited.connections = 1000, {"one"}
+    limited.check_unread(nobody)
     limited.check_connections()
     limited.check_streams(2)  # it has three
-    limited.kept_bytes, limited.connections = 1001, 2
-    codes = []
-    for check in (limited.check_unread, limited.check_connections, lambda: limited.check_streams(3)):
+    limited.kept_bytes, limited.connections = 1001, {"one", "two"}
+    codes, asked = [], list[str]()
+    unread, streams = partial(limited.check_unread, asked.append), partial(limited.check_streams, 3)
+    for check in (unread, limited.check_connections, streams):
         with pytest.raises(Refusal) as caught:
             check()
         assert caught.value.retry_after_us > 0
         codes.append(caught.value.code)
+    assert sorted(asked) == ["one", "two"]
     assert codes == [Code.BUSY, Code.BUSY, Code.TOO_MANY_STREAMS]
-    assert tuple(limited.numbers(limited.count_of(1)).values()) == (0, 3, 1001, 2, 3)
+    assert tuple(limited.numbers(3).values()) == (0, 3, 1001, 2, 3)
 
 
 def test_a_reload_changes_the_quotas_of_those_who_are_connected() -> None:
-    usages = Usages(lambda number: 0)
+    usages = Usages(Counter)
     before = Principal(name="local", key=KEY, role=Role.PRODUCER)
     connected = usages.of(before)
     usages.reloaded([before.model_copy(update={"quotas": Quotas(connections=1)})])
     assert usages.of(before) is connected
     assert connected.principal.quotas.connections == 1
     assert usages.of(LOCAL) is not connected
-    assert [each.principal.name for each in usages] == ["local"]
-    connected.connections = 1
+    assert list(usages.numbers(everybody)) == ["local"]
+    connected.connections = {"one"}
     usages.reloaded([])
     assert usages.of(before) is connected
-    connected.connections = 0
+    connected.connections = set()
     usages.reloaded([])
-    assert list(usages) == []
+    assert usages.numbers(everybody) == {}

@@ -191,10 +191,6 @@ class StreamTable:
         self.closing[slots] = False
         self.slots.release(slots)
 
-    def count_of(self, principal: int) -> int:
-        """How many streams count towards a principal."""
-        return int(np.count_nonzero((self.principal == principal) & (self.owner != NO_OWNER)))
-
     def counts(self) -> I64:
         """How many streams count towards each principal, by its number."""
         return np.bincount(self.principal[self.owner != NO_OWNER])

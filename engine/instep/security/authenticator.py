@@ -7,7 +7,6 @@ ZeroMQ stops when nobody reads that. A stranger is a connection that has not sai
 from __future__ import annotations
 
 import contextlib
-import os
 import socket as socketlib
 import threading
 import time
@@ -74,6 +73,7 @@ class Authenticator:
         """When each is disconnected, by descriptor, the oldest first."""
         self._failures: Counter[str] = Counter()
         self._unknown = {"key": "", "address": ""}
+        self._bug: dict[str, Exception] = {}
         self._reported_s = 0.0
         self._looked_s = 0.0
         self._thread = threading.Thread(target=self._run, name="instep-authenticator", daemon=True)
@@ -107,12 +107,16 @@ class Authenticator:
                 self._strangers[descriptor] = time.monotonic() + _GOODBYE_S
 
     def failures(self) -> dict[str, Any]:
-        """Count the handshakes that failed since the last call, by reason; nothing within a second of it."""
+        """Count the handshakes that failed since the last call, by reason; nothing within a second of it.
+
+        It also has the last unknown key with its address, and the last bug, each if there was one.
+        """
         now_s = time.monotonic()
         if now_s - self._reported_s < 1.0 or not self._failures:
             return {}
         failures, self._failures, self._reported_s = self._failures, Counter(), now_s
-        return {**failures, **(self._unknown if "unknown_key" in failures else {})}
+        bug, self._bug = self._bug, {}
+        return {**failures, **(self._unknown if "unknown_key" in failures else {}), **bug}
 
     # ── In the thread ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -135,7 +139,7 @@ class Authenticator:
 
     def _answer(self, question: list[bytes]) -> list[bytes]:
         user, status = b"", b"500"
-        with contextlib.suppress(Exception):  # a bug costs this handshake alone, and `_note` counts it
+        try:
             _, _, domain, address, _, mechanism, *credentials = question
             key = z85.encode(credentials[0])
             if (domain, mechanism) == (_DOMAIN, b"CURVE") and key.decode() in self.principals.by_key:
@@ -143,6 +147,8 @@ class Authenticator:
             else:
                 status = b"400"
                 self._unknown = {"key": key[:8].decode(), "address": address.decode()}
+        except Exception as error:  # it costs this handshake alone, and `_note` counts it
+            self._bug = {"exc_info": error}
         return [b"1.0", question[1], status, b"", user, b""]
 
     def _note(self, event: Any) -> None:
@@ -182,13 +188,8 @@ class Authenticator:
         Where that fails, as without a free descriptor, it is tried again.
         """
         with contextlib.suppress(OSError):
-            duplicate = os.dup(descriptor)
-            try:
-                connection = socketlib.socket(fileno=duplicate)
-            except OSError:
-                os.close(duplicate)
-                raise
-            with connection:
+            # A duplicate, whose family is not looked at.
+            with socketlib.fromfd(descriptor, socketlib.AF_UNIX, socketlib.SOCK_STREAM) as connection:
                 name = connection.getsockname()
                 if (name[1] if isinstance(name, tuple) else name) == self._place:
                     connection.shutdown(socketlib.SHUT_RDWR)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 from instep.security.principals import LOCAL, Principal
 from instep.streaming.api import Refusal
@@ -17,6 +18,23 @@ _RETRY_US: Final = 1_000_000
 _UNREAD_RETRY_US: Final = 100_000
 
 
+@dataclass(slots=True)
+class TokenBucket:
+    """Limits a rate. A burst may come at once, and any number is taken while the bucket is not overdrawn."""
+
+    _left: float = math.inf
+    _counted_s: float = 0.0
+
+    def take(self, count: float, rate: float, burst: float, now_s: float) -> float:
+        """Take this many, and return 0; or take nothing, and return the seconds after which they may be taken."""
+        self._left = min(burst, self._left + (now_s - self._counted_s) * rate)
+        self._counted_s = now_s
+        if self._left < 0:
+            return -self._left / rate
+        self._left -= count
+        return 0.0
+
+
 @dataclass(slots=True, eq=False)
 class Usage:
     """What one principal uses, on all of its connections; the checks raise a Refusal."""
@@ -25,28 +43,20 @@ class Usage:
     """As it was read last: its quotas may have changed since it connected."""
     number: int = 0
     """Its streams count towards this number; those of 0 are not counted."""
-    count_of: Callable[[int], int] = lambda number: 0
-    """How many open streams count towards a number."""
-    connections: int = 0
+    counts: Callable[[], Counter[int]] = Counter
+    """Counts open streams by that number."""
+    connections: set[Any] = field(default_factory=set)
     kept_bytes: int = 0
     """Replies that it has not read, as far as is known, and the states of its requests under way."""
     frames_total: int = 0
     refused_total: int = 0
     """Messages that were refused because of a quota."""
-    _left: float = 0.0
-    """Frames that it may send now; below 0 after a block larger than that."""
-    _counted_ns: int = 0
+    _frames: TokenBucket = field(default_factory=TokenBucket)
 
     def numbers(self, streams: int) -> dict[str, float]:
         """The numbers for metrics by name; `streams` is the count of its open streams."""
-        numbers = self.frames_total, self.refused_total, self.kept_bytes, self.connections, streams
+        numbers = self.frames_total, self.refused_total, self.kept_bytes, len(self.connections), streams
         return dict(zip(_NUMBERS, numbers, strict=True))
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it has to read before it is given more."""
-        most = self.principal.quotas.unread_bytes
-        return most is not None and self.kept_bytes > most
 
     @property
     def share_bytes(self) -> float:
@@ -55,25 +65,27 @@ class Usage:
         Several such shares fit into the quota, so a client that reads in time is not refused.
         """
         most = self.principal.quotas.unread_bytes
-        return math.inf if most is None else most / 4 / max(1, self.connections)
+        return math.inf if most is None else most / 4 / max(1, len(self.connections))
 
     def check_connections(self) -> None:
         """There is to be one more connection."""
         most = self.principal.quotas.connections
-        if most is not None and self.connections >= most:
-            raise self._refusal(Code.BUSY, _RETRY_US, f"{self.connections} connections, and its quota is {most}")
+        if most is not None and len(self.connections) >= most:
+            raise self._refusal(Code.BUSY, _RETRY_US, f"{len(self.connections)} connections, and its quota is {most}")
 
     def check_streams(self, streams: int) -> None:
         """So many streams are about to be opened."""
         most = self.principal.quotas.streams
-        if most is not None and (held := self.count_of(self.number)) + streams > most:
+        if most is not None and (held := self.counts()[self.number]) + streams > most:
             what = f"{held} open streams, parked and hibernating ones included, and its quota is {most}: close some"
             raise self._refusal(Code.TOO_MANY_STREAMS, _RETRY_US, what)
 
-    def check_unread(self) -> None:
-        """Something is asked for that will be answered."""
-        if self.is_full:
-            most = self.principal.quotas.unread_bytes
+    def check_unread(self, ask: Callable[[Any], None]) -> None:
+        """Something is asked for that will be answered; where too much is unread, `ask` all connections about it."""
+        most = self.principal.quotas.unread_bytes
+        if most is not None and self.kept_bytes > most:
+            for connection in self.connections:
+                ask(connection)
             what = f"left {self.kept_bytes} bytes unread, and its quota is {most}: read first"
             raise self._refusal(Code.BUSY, _UNREAD_RETRY_US, what)
 
@@ -83,13 +95,9 @@ class Usage:
         A second's worth of frames may come at once, and a block is never too large: the next one waits longer.
         """
         rate = self.principal.quotas.frames_per_s
-        if rate is not None:
-            self._left = min(rate, self._left + (now_ns - self._counted_ns) * rate / 1e9)
-            self._counted_ns = now_ns
-            if self._left < 0:
-                wait_us = int(-self._left / rate * 1e6) + 1
-                raise self._refusal(Code.BUSY, wait_us, f"sent more frames than its quota of {rate:g} a second")
-            self._left -= frames
+        if rate is not None and (wait_s := self._frames.take(frames, rate, rate, now_ns / 1e9)):
+            what = f"sent more frames than its quota of {rate:g} a second"
+            raise self._refusal(Code.BUSY, int(wait_s * 1e6) + 1, what)
         self.frames_total += frames
 
     def _refusal(self, code: Code, wait_us: int, what: str) -> Refusal:
@@ -98,24 +106,25 @@ class Usage:
 
 
 class Usages:
-    """The usage of everybody who has connected, by name."""
+    """The usage of everybody who has connected, by name; `counts` counts all open streams by `Usage.number`."""
 
-    def __init__(self, count_of: Callable[[int], int]) -> None:
-        self._count_of = count_of
+    def __init__(self, counts: Callable[[], Counter[int]]) -> None:
+        self._counts = counts
         self._local = Usage(LOCAL)
         self._usages: dict[str, Usage] = {}
         self._numbers = count(1)
 
-    def __iter__(self) -> Iterator[Usage]:
-        """Those of principals with keys."""
-        return iter(self._usages.values())
+    def numbers(self, may_see: Callable[[str], bool]) -> dict[str, dict[str, float]]:
+        """The numbers of those principals with keys that the asker may see."""
+        counts = self._counts()
+        return {name: used.numbers(counts[used.number]) for name, used in self._usages.items() if may_see(name)}
 
     def of(self, principal: Principal) -> Usage:
         """The usage of a principal."""
         if principal is LOCAL:
             return self._local
         if principal.name not in self._usages:
-            self._usages[principal.name] = Usage(principal, next(self._numbers), self._count_of)
+            self._usages[principal.name] = Usage(principal, next(self._numbers), self._counts)
         return self._usages[principal.name]
 
     def reloaded(self, principals: Collection[Principal]) -> None:

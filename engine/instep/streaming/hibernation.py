@@ -479,29 +479,23 @@ class Hibernation(Mapping[str, Sleeper]):
             self._engine.stats.evicted("expired", len(streams))
             self._engine.origins.notify(_owners(asleep[stream.name] for stream in streams), Code.EXPIRED)
 
-    async def close(
-        self, have: Mapping[str, int], handles: Mapping[str, int] | None = None
-    ) -> dict[str, tuple[Code | None, U8]]:
+    async def close(self, have: Mapping[str, int], handles: Mapping[str, int]) -> dict[str, tuple[Code | None, U8]]:
         """Close streams without waking them.
 
         Args:
             have: by name, the seq below which the owner has every output or gives it up.
-            handles: by name, the owner's handles; None for an operator, of whom the owners are notified.
+            handles: by name, the owner's handles; 0 for streams without an owner. Other streams are left out.
 
         Returns:
             By name, for streams that hibernated: the code of a refusal or None, and the final state, uint8 [row_bytes].
         """
         nothing = self._states.spec.missing(1)[0]
         closed: dict[str, tuple[Code | None, U8]] = {}
-        names = await self._sleepers(list(have), set())
-        if handles is not None:
-            names = [name for name in names if self._asleep[name].handle == handles[name]]
+        names = [name for name in await self._sleepers(list(have), set()) if self._asleep[name].handle == handles[name]]
         with self._reading(names):
             for first in range(0, len(names), _AT_ONCE):
                 part = {name: self._asleep[name] for name in names[first : first + _AT_ONCE]}
                 streams, refused = await self._end(part, "closed", "closed", have)
-                if handles is None:
-                    self._engine.origins.notify(_owners(part[each.name] for each in streams), Code.BY_OPERATOR)
                 closed |= {name: (code, nothing) for name, code in refused.items()}
                 rows = self._rows(streams)
                 closed |= {stream.name: (None, row) for stream, row in zip(streams, rows, strict=True)}

@@ -58,12 +58,8 @@ class Listing:
         self._table = table
         self._hibernation = hibernation
 
-    def count_of(self, principal: int) -> int:
-        """How many streams count towards a principal, in memory and hibernating."""
-        return self._table.count_of(principal) + self._hibernation.count_of[principal]
-
     def counts(self) -> Counter[int]:
-        """The counts of all principals at once."""
+        """How many streams count towards each principal, in memory and hibernating."""
         return Counter(dict(enumerate(self._table.counts().tolist()))) + self._hibernation.count_of
 
     def find(self, name: str, now_ns: int) -> StreamStatus | None:

@@ -333,14 +333,13 @@ class StreamOperations:
             sentence = "limits.park_s is 0, so a parked stream would end at once: close it, or have the limit raised"
             raise Refusal(Code.NOT_ALLOWED, sentence=sentence)
         found, now_ns = dict[str, int](), time.monotonic_ns()
-        if park:
-            found = dict.fromkeys(filter(self.hibernation.__contains__, names), 0)
-            self._origins.notify(self.hibernation.park(names, now_ns), Code.BY_OPERATOR)
-        else:
-            # Others go to sleep while these are closed.
-            while asleep := {name: HAVE_ALL for name in names if name in self.hibernation and name not in found}:
-                closed = await self.hibernation.close(asleep)
-                found |= {name: code or 0 for name, (code, _) in closed.items()}
+        # Others go to sleep while these are closed.
+        while asleep := {name: 0 for name in names if name in self.hibernation and name not in found}:
+            self._origins.notify(self.hibernation.park(list(asleep), now_ns), Code.BY_OPERATOR)
+            if not park:
+                closed = await self.hibernation.close(dict.fromkeys(asleep, HAVE_ALL), asleep)
+                asleep = {name: code or 0 for name, (code, _) in closed.items()}
+            found |= asleep
         codes = np.array([found.get(name, Code.UNKNOWN_STREAM) for name in names], np.int32)
         slots = self._table.find(names)
         is_here = (codes == Code.UNKNOWN_STREAM) & (slots != SCRATCH_SLOT) & ~self._table.closing[slots]

@@ -165,15 +165,6 @@ async def test_more_requests_than_the_rate_allows_are_refused_but_for_health() -
             await asyncio.sleep(0.01)
 
 
-def test_a_rate_comes_back_with_time() -> None:
-    now_s = 0.0
-    limit = security.RateLimit(lambda: now_s)
-    assert [limit.take() for _ in range(200)] == [0.0] * 200
-    assert limit.take() == pytest.approx(1 / 50)
-    now_s = 0.1
-    assert [limit.take() == 0 for _ in range(6)] == [True] * 5 + [False]
-
-
 ASK = b"GET /healthz HTTP/1.0\r\nhost: localhost\r\n\r\n"
 
 

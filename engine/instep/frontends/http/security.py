@@ -6,7 +6,7 @@ import base64
 import hmac
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from email.utils import formatdate
 from typing import Final
 
@@ -17,6 +17,7 @@ from instep.config import HttpConfig
 from instep.config.endpoint import is_loopback_host
 from instep.frontends import CannotListen
 from instep.frontends.http.answers import HttpError
+from instep.security.quotas import TokenBucket
 from instep_client.key_files import read_text
 from instep_client.protocol.errors import InvalidInput
 
@@ -88,7 +89,7 @@ class Guard:
         self.tokens = tokens
         self._app = app
         self._is_loopback = is_loopback
-        self._rate = RateLimit(time.monotonic)
+        self._rate = TokenBucket()
         self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,7 +122,7 @@ class Guard:
             sentence = f"{MOST_REQUESTS} requests are being answered already: end one, and try again"
             raise HttpError(503, "TOO_MANY_CONNECTIONS", sentence)
         self._check_request(scope)
-        if (wait_s := self._rate.take()) > 0:
+        if (wait_s := self._rate.take(1, REQUESTS_PER_S, BURST, time.monotonic())) > 0:
             sentence = f"more than {REQUESTS_PER_S:g} requests a second came: ask less often"
             raise HttpError(429, "TOO_MANY_REQUESTS", sentence, {"retry-after": str(int(wait_s) + 1)})
         return None
@@ -168,21 +169,3 @@ def _shown_token(authorization: str) -> str:
 def _are_equal(shown: str, expected: str) -> bool:
     """Compare in a time that does not depend on where the texts differ."""
     return hmac.compare_digest(shown.encode(errors="replace"), expected.encode())
-
-
-class RateLimit:
-    """A token bucket."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._left, self._counted_s = BURST, clock()
-
-    def take(self) -> float:
-        """Count a request; 0, or the seconds after which there is room for one."""
-        now_s = self._clock()
-        self._left = min(BURST, self._left + (now_s - self._counted_s) * REQUESTS_PER_S)
-        self._counted_s = now_s
-        if self._left < 1:
-            return (1 - self._left) / REQUESTS_PER_S
-        self._left -= 1
-        return 0.0

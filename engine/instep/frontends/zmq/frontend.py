@@ -56,7 +56,7 @@ class ZmqFrontend:
         log: structlog.stdlib.BoundLogger,
     ) -> None:
         self.is_paused = False
-        self._usages = Usages(lambda number: sum(each.service.listing.count_of(number) for each in models))
+        self._usages = Usages(lambda: sum((each.service.listing.counts() for each in models), Counter()))
         self._models = models
         self._router = router
         self._authenticator = router.authenticator
@@ -211,7 +211,7 @@ class ZmqFrontend:
                 served.refuse_what_is_new()
             frames = self._requests_of[served].decoder.step(peer, parts, now_ns)
             if peer.usage.number:
-                self._check_unread(peer)
+                peer.usage.check_unread(self._outbound.ask)
                 peer.usage.check_frames(frames.timesteps * frames.width, now_ns)
         except Exception as error:
             self._refuse(routing_id, peer, request_of_step(parts[0]), error)
@@ -251,7 +251,7 @@ class ZmqFrontend:
     def _reply_at_once(self, peer: Peer, header: Header, parts: list[bytes], now_ns: int) -> None:
         served = peer.served
         if header.kind in (Kind.LIST, Kind.STATS, Kind.MODELS, Kind.SHARDS):
-            self._check_unread(peer)
+            peer.usage.check_unread(self._outbound.ask)
         match header.kind:
             case Kind.HELLO:
                 _, model = hello(header, peer.routing_id)
@@ -294,14 +294,7 @@ class ZmqFrontend:
         return partial(allowed, principal, Verb.HELLO)
 
     def used(self, asker: Principal = LOCAL) -> dict[str, dict[str, float]]:
-        counts = sum((each.service.listing.counts() for each in self._models), Counter[int]())
-        shown = [each for each in self._usages if allowed_to_see(asker, each.principal.name)]
-        return {each.principal.name: each.numbers(counts[each.number]) for each in shown}
-
-    def _check_unread(self, peer: Peer) -> None:
-        if peer.usage.is_full:
-            self._outbound.ask_all_of(peer.usage)
-            peer.usage.check_unread()
+        return self._usages.numbers(partial(allowed_to_see, asker))
 
     def _refuse(self, routing_id: bytes, peer: Peer | None, request: int, error: Exception) -> None:
         """Refuse a message as a whole; the default model counts it if the connection has no model yet.
@@ -331,7 +324,7 @@ class ZmqFrontend:
             raise Refusal(Code.NOT_ALLOWED, sentence=f"{who}, which may not {header.kind.name}")
         if peer.requests >= _MOST_REQUESTS - self._requests:
             raise Refusal(Code.BUSY, "too many requests on streams are under way", _BUSY_RETRY_US)
-        self._check_unread(peer)
+        peer.usage.check_unread(self._outbound.ask)
         answer = handler(self._requests_of[peer.served], peer, header, parts)
         self._requests += 1
         peer.requests += 1

@@ -132,7 +132,6 @@ class Outbound:
         self._blocked: dict[Peer, None] = {}
         """Peers with an outbox, in the order in which they were blocked."""
         self._peers: dict[bytes, Peer] = {}
-        self._peers_of: dict[Usage, dict[Peer, None]] = {}
         self._unreachable: set[Peer] = set()
         """Peers that were disconnected when `ask_all` last asked them."""
         self._ask_every_bytes = max_unread_bytes // 2
@@ -157,8 +156,7 @@ class Outbound:
     def add(self, peer: Peer) -> None:
         """Add a connection that has said HELLO."""
         self._peers[peer.routing_id] = peer
-        self._peers_of.setdefault(peer.usage, {})[peer] = None
-        peer.usage.connections += 1
+        peer.usage.connections.add(peer)
         self._share()
 
     def _share(self) -> None:
@@ -227,11 +225,6 @@ class Outbound:
         """Ask a peer how much it has read, unless it has been sent nothing since it was asked."""
         if peer.asked_bytes < peer.sent_bytes:
             self._ask(peer)
-
-    def ask_all_of(self, usage: Usage) -> None:
-        """The same for all connections of a principal."""
-        for peer in self._peers_of[usage]:
-            self.ask(peer)
 
     def _ask(self, peer: Peer) -> Sent:
         is_asked = peer.asked and peer.asked_bytes == peer.sent_bytes
@@ -304,10 +297,7 @@ class Outbound:
         if peer.is_gone:
             return
         peer.is_gone = True
-        peer.usage.connections -= 1
-        del self._peers_of[peer.usage][peer]
-        if not self._peers_of[peer.usage]:
-            del self._peers_of[peer.usage]
+        peer.usage.connections.remove(peer)
         peer.usage.kept_bytes -= peer.outbox_bytes + peer.sent_bytes - peer.read_bytes
         self.total_bytes -= peer.outbox_bytes
         self.unread_bytes -= peer.sent_bytes - peer.read_bytes
