@@ -333,8 +333,7 @@ class Driver:
 def _why_handshake_failed(event: int, status: int, keys: ClientKeys | None, endpoint: str) -> tuple[str, bool]:
     """A sentence, and whether another handshake would fail, too.
 
-    Without detail, something accepts connections and ends them, as a server does that ends. What that has to do with
-    keys can only be told to a client that has some.
+    Without detail, something accepts connections and ends them, as a server does that ends.
     """
     is_final = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and status == _UNKNOWN_KEY:

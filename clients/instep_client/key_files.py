@@ -90,36 +90,29 @@ def read_text(path: Path) -> tuple[str, os.stat_result]:
     Raises:
         InvalidInput: the file is something else, or cannot be read within 2 s.
     """
-    found: list[tuple[str, os.stat_result] | Exception] = []
-
-    def read() -> None:
-        try:
-            found.append(_read_text(path))
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=read, daemon=True, name="instep-read-file")
+    found: list[tuple[str, os.stat_result] | InvalidInput] = []
+    thread = threading.Thread(target=lambda: found.append(_read_text(path)), daemon=True, name="instep-read-file")
     thread.start()
     thread.join(_READ_WITHIN_S)
-    match found:
-        case [(text, status)]:
-            return text, status
-        case [InvalidInput() as error]:
-            raise error
-        case [OSError() as error]:
-            raise InvalidInput(f"{path} cannot be read: {error.strerror}")
-        case [_]:  # a UnicodeDecodeError, or a path with a null byte
-            raise InvalidInput(f"{str(path)!r} is not a text file")
-    raise InvalidInput(f"{path} could not be read within {_READ_WITHIN_S:g} s: put it on a local disk")
+    if not found:
+        raise InvalidInput(f"{path} could not be read within {_READ_WITHIN_S:g} s: put it on a local disk")
+    if isinstance(found[0], InvalidInput):
+        raise found[0]
+    return found[0]
 
 
-def _read_text(path: Path) -> tuple[str, os.stat_result]:
-    # Without O_NONBLOCK, a FIFO would wait for a writer.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidInput(f"{path} is not a regular file")
-        content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise InvalidInput(f"{path} is larger than {MAX_FILE_BYTES} bytes")
-    return content.decode(), status
+def _read_text(path: Path) -> tuple[str, os.stat_result] | InvalidInput:
+    try:
+        # Without O_NONBLOCK, a FIFO would wait for a writer.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                return InvalidInput(f"{path} is not a regular file")
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            return InvalidInput(f"{path} is larger than {MAX_FILE_BYTES} bytes")
+        return content.decode(), status
+    except OSError as error:
+        return InvalidInput(f"{path} cannot be read: {error.strerror}")
+    except ValueError:  # the text is no UTF-8, or the path has a null byte
+        return InvalidInput(f"{str(path)!r} is not a text file")

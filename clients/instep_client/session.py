@@ -152,8 +152,8 @@ class Session:
             ClientClosed,
             "the client is not connected: use `async with`, or await client.connect()",
         )
-        self._silent_because: str | None = None
-        """Why the server may not answer: a handshake that failed; empty if the reason is unknown."""
+        self._silent_because = ""
+        """Why a handshake failed; empty if none did, or for a reason that is not known."""
         self._wants_socket = False
         self._postponed: dict[Request[Any], None] = {}
         """Requests to ask, or ask again, over the next connection."""
@@ -247,12 +247,11 @@ class Session:
             asks = "is the server running there"
             if self.state is GREETING and self.endpoint.startswith("tcp://"):
                 asks += (
-                    f", and is that its port for ZeroMQ ({DEFAULT_PORT} by default), not for HTTP ({DEFAULT_HTTP_PORT})"
+                    f", and is that its port for ZeroMQ ({DEFAULT_PORT} by default), not for HTTP "
+                    f"({DEFAULT_HTTP_PORT}), or does it want a key"
                 )
             if self.state is GREETING and self._silent_because:
                 self.fail(HandshakeFailed, self._silent_because)
-            if self.state is GREETING and self._silent_because is not None:
-                asks += ", or does it want a key"
             self.lose(f"nobody answers at {self.endpoint} (waited {self._silence.timeout_s:g} s); {asks}?")
 
     def deadline(self) -> float | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -17,24 +16,17 @@ class ModelError(Exception):
 def no_folder(folder: Path) -> tuple[str, str] | None:
     """Return what is wrong with a path that holds no model folder, and the cure; None if there is a description."""
     try:
-        if not _exists(folder):
+        os.stat(folder / DESCRIPTION_FILE)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        if not os.path.exists(folder):
             return f"there is no model folder {folder}", "correct the path, or make one with `instep model import`"
-        if not _exists(folder / DESCRIPTION_FILE):
-            return f"{folder} is not a model folder: there is no {DESCRIPTION_FILE} in it", (
-                "name a folder, which instep.models.save_model or export_step makes of a module, and "
-                "`instep model import` of weights or an ONNX graph"
-            )
+        return f"{folder} is not a model folder: there is no {DESCRIPTION_FILE} in it", (
+            "name a folder, which instep.models.save_model or export_step makes of a module, and "
+            "`instep model import` of weights or an ONNX graph"
+        )
     except OSError as error:
         return f"cannot read the model folder {folder}: {error.strerror}", "let this user read it, or name another"
     return None
-
-
-def _exists(path: Path) -> bool:
-    """Unlike `os.path.exists`, this raises OSError where it cannot be known, for example without the right to look."""
-    with suppress(FileNotFoundError, NotADirectoryError, ValueError):
-        os.stat(path)
-        return True
-    return False
 
 
 def first_line(error: BaseException) -> str:

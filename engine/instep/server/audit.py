@@ -46,8 +46,8 @@ class Audit:
         """Lines that came too fast."""
         self.failed = 0
         """Lines that could not be written."""
-        self._refusals: dict[tuple[object, object], tuple[float, int]] = {}
-        """By principal and code, when a refusal was last taken, and how many were left out since."""
+        self._refusals: dict[tuple[object, object], float] = {}
+        """By principal and code, when a refusal was last taken."""
 
     def __call__(self, logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         """Take a line of the log, at most one a second of each kind of refusal."""
@@ -56,12 +56,9 @@ class Audit:
         line = {"timestamp": datetime.now(UTC).isoformat(), **event}
         if line["event"] == "refused":
             kind, now_s = (line.get("principal"), line.get("code")), time.monotonic()
-            taken_s, left_out = self._refusals.get(kind, (-1.0, 0))
-            if now_s - taken_s < 1:
-                self._refusals[kind] = taken_s, left_out + 1
+            if now_s - self._refusals.get(kind, -1.0) < 1:
                 return event
-            self._refusals[kind] = now_s, 0
-            line["left_out"] = left_out
+            self._refusals[kind] = now_s
         if self._writer is None:  # not earlier, because a process that was forked since would have no thread
             self._writer = threading.Thread(target=self._write, name="instep-audit", daemon=True)
             self._writer.start()
