@@ -493,7 +493,7 @@ class AsyncClient:
 
     @property
     def is_connected(self) -> bool:
-        """Whether the client is connected: not before `connect`, while it reconnects, or after its end."""
+        """Whether all connections are open: not before `connect`, while one is lost, or after the client's end."""
         return self._links.are_open
 
     @property

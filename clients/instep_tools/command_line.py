@@ -214,7 +214,7 @@ def in_plain_words(error: typer.BadParameter) -> str:
 
 
 def endpoint(text: str) -> str:
-    """Check that a client may connect to an endpoint.
+    """Check that a client may connect to an endpoint, or to several, separated by commas.
 
     Raises:
         typer.BadParameter: naming the expected form.
@@ -222,7 +222,7 @@ def endpoint(text: str) -> str:
     from instep_client.arguments import checked_endpoint  # with numpy, which --help does without
 
     try:
-        return checked_endpoint(text)
+        return ",".join(checked_endpoint(each.strip(" ")) for each in text.split(","))
     except InvalidInput as error:
         raise typer.BadParameter(str(error)) from None
 
@@ -246,7 +246,7 @@ Endpoint = Annotated[
         envvar="INSTEP_ENDPOINT",
         callback=endpoint,
         metavar="ADDRESS",
-        help="The server's endpoint.",
+        help="The server's endpoint, or those of several servers of a cluster, separated by commas.",
         show_default=True,
     ),
 ]

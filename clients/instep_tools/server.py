@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from typing import Final
 
-from instep_client.protocol.errors import Refused
+from instep_client.protocol.errors import ConnectionFailed, Refused
 from instep_client.protocol.wire import Code, ServerInfo
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
@@ -27,7 +27,7 @@ async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     """Show whether the server is ready, its model, device and exactness, and the round trip.
 
     The exit status is 0 when it accepts connections, streams and frames, 1 when it answers and is not ready, and 2 when
-    nobody answers.
+    nobody answers. A cluster is ready when all its shards are.
     """
     info: ServerInfo | None = None
     round_trip_ms: float | None = None
@@ -42,6 +42,10 @@ async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
         if refused.code not in _NOT_NOW:
             raise
         why = refused.sentence
+    except ConnectionFailed as failed:
+        if info is None or info.shards == 1:
+            raise
+        why = str(failed)
     if terminal.as_json:
         terminal.result(
             {
@@ -58,7 +62,8 @@ async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
         terminal.say(
             f"{target.endpoint}: ready, model {info.model} "
             f"({info.features} to {info.outputs}, {info.fingerprint[:12]}) on {info.device}, "
-            f"{info.exactness} ({info.arithmetic}), round trip {round_trip_ms:.3f} ms"
+            f"{info.exactness} ({info.arithmetic}), {f'{info.shards} shards, ' if info.shards > 1 else ''}"
+            f"round trip {round_trip_ms:.3f} ms"
         )
     return Exit.OK if why is None else Exit.FOUND_PROBLEMS
 

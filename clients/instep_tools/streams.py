@@ -7,6 +7,7 @@ from typing import Annotated, Final
 import typer
 
 from instep_client.aio import StreamPlace
+from instep_client.protocol.wire import shard_of
 from instep_tools.command_line import CommandLine
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
@@ -38,16 +39,17 @@ async def show(
     """List the server's streams.
 
     The table shows where each one is (connected, parked or hibernating), its next seq, and how long the server keeps it
-    if it stays idle.
+    if it stays idle; of a cluster also its shard.
     """
     async with connected(target, "streams", terminal, stop) as client:
-        found, model = await client.list_streams(prefix or "", place), client.info.model
+        found, info = await client.list_streams(prefix or "", place), client.info
     found.sort(key=lambda stream: -stream.idle_s)
     shown = found[:limit]
     if terminal.as_json:
-        terminal.result({"model": model, "streams": [stream._asdict() for stream in shown], "count": len(found)})
+        terminal.result({"model": info.model, "streams": [stream._asdict() for stream in shown], "count": len(found)})
         return Exit.OK
     if found:
+        columns = ("name", "where", "next seq", "pending", "idle s", "expires in s", "shard")[: 6 + (info.shards > 1)]
         rows = (
             (
                 stream.name,
@@ -56,12 +58,13 @@ async def show(
                 f"{stream.pending:,}",
                 three_digits(stream.idle_s),
                 "never" if stream.expires_in_s is None else three_digits(stream.expires_in_s),
-            )
+                f"{shard_of(stream.name, info.shards)}",
+            )[: len(columns)]
             for stream in shown
         )
-        terminal.table(("name", "where", "next seq", "pending", "idle s", "expires in s"), rows, slice(2, None))
+        terminal.table(columns, rows, slice(2, None))
     left_out = f"; {len(found) - limit:,} more are not shown (--limit)" if len(found) > limit else ""
-    terminal.summary(f"{counted(len(found), 'stream')} of {model}{left_out}")
+    terminal.summary(f"{counted(len(found), 'stream')} of {info.model}{left_out}")
     return Exit.OK
 
 

@@ -27,7 +27,7 @@ from rich.text import Text
 from instep_client.aio import AsyncClient
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import InstepError
-from instep_client.protocol.wire import ServerInfo
+from instep_client.protocol.wire import ServerInfo, shard_of
 from instep_client.replies import ListedStream, ServedModel
 from instep_tools.connect import Target
 from instep_tools.pacing import Stop
@@ -315,9 +315,9 @@ def _verified(numbers: Mapping[str, float]) -> Text:
 
 
 def _stream_table(view: ScreenView, most: int) -> Table:
-    table = Table(box=None, pad_edge=False, expand=True)
+    table, shards = Table(box=None, pad_edge=False, expand=True), view.now.info.shards
     columns = {"name": "name", "state": "", "rate/s": "rate", "next seq": "next seq", "pending": "pending"}
-    columns |= {"idle": "idle", "expires": ""}
+    columns |= {"idle": "idle", "expires": ""} | ({"shard": ""} if shards > 1 else {})
     for heading, sort in columns.items():
         mark = "▼" if sort == view.sort else ""
         is_text = heading in ("name", "state")
@@ -325,7 +325,8 @@ def _stream_table(view: ScreenView, most: int) -> Table:
     for stream, rate in view.streams()[:most]:
         seq = "–" if stream.next_seq is None else f"{stream.next_seq:,}"
         expires = "never" if stream.expires_in_s is None else _period(stream.expires_in_s)
-        cells = (stream.place, three_digits(rate), seq, f"{stream.pending:,}", _period(stream.idle_s), expires)
+        cells = [stream.place, three_digits(rate), seq, f"{stream.pending:,}", _period(stream.idle_s), expires]
+        cells += [f"{shard_of(stream.name, shards)}"] * (shards > 1)
         table.add_row(Text(printable(stream.name)), *cells)
     return table
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
 from socket import create_server
 
@@ -26,7 +26,7 @@ from instep_client import (
     StreamRefused,
 )
 from instep_client.protocol.wire import ShardTable
-from tests.support.fake_server import RING_INFO, FakeServer, reference
+from tests.support.fake_server import RING_INFO, FakeServer, fake_shards, goodbye, reference
 from tests.support.models import SMALL, torch_gru
 from tests.support.running import running
 
@@ -186,26 +186,6 @@ def test_one_of_several_endpoints_has_to_answer(server: FakeServer) -> None:
         Client(f"{dead},{closed_port()}").connect()
 
 
-@contextmanager
-def fakes(*places: tuple[int, int]) -> Iterator[list[FakeServer]]:
-    """Servers of a cluster of two shards; each is (shard, term). The first of each shard is in everybody's table."""
-    with ExitStack() as stack:
-        made = [
-            stack.enter_context(FakeServer(replace(RING_INFO, shard=shard, shards=2, term=term)))
-            for shard, term in places
-        ]
-        served = [next((t, each.endpoint) for each, (s, t) in zip(made, places, strict=True) if s == n) for n in (0, 1)]
-        for each in made:
-            each.rules.table = list(served)
-        yield made
-
-
-def takes_over(former: FakeServer, server: FakeServer) -> None:
-    """A server has the streams of its predecessor."""
-    server.rules.streams, server.rules._numbers = former.rules.streams, former.rules._numbers
-    server.rules.restart()
-
-
 OF_0, OF_1 = "mic-1", "mic-4"
 FRAMES = RNG.standard_normal((12, 3)).astype(np.float32)
 
@@ -215,16 +195,17 @@ def fall_silent(server: FakeServer) -> None:
 
 
 def say_goodbye(server: FakeServer) -> None:
-    server._order(server.rules.shut_down)
+    server.do(server.rules.shut_down)
+    server.push(goodbye())
 
 
 @pytest.mark.parametrize("end", [fall_silent, say_goodbye])
 async def test_a_client_goes_where_the_table_names_a_higher_term(end: Callable[[FakeServer], object]) -> None:
-    with fakes((0, 1), (1, 1), (0, 2)) as (first, other, successor):
+    with fake_shards((0, 1), (1, 1), (0, 2)) as (first, other, successor):
         async with AsyncClient(first.endpoint) as client:
             stream, elsewhere = await client.open(OF_0), await client.open(OF_1)
             outputs = [await stream.step(x) for x in FRAMES[:6]]
-            takes_over(first, successor)
+            successor.rules.take_over_from(first.rules)
             end(first)
             other.rules.table[0] = (2, successor.endpoint)
             outputs += [await stream.step(x) for x in FRAMES[6:]]
@@ -234,10 +215,10 @@ async def test_a_client_goes_where_the_table_names_a_higher_term(end: Callable[[
 
 
 async def test_servers_that_no_connection_leads_to_are_asked_where_all_are_lost() -> None:
-    with fakes((0, 1), (1, 1), (0, 2)) as (first, other, successor):
+    with fake_shards((0, 1), (1, 1), (0, 2)) as (first, other, successor):
         async with AsyncClient(first.endpoint) as client:
             stream = await client.open(OF_0)
-            takes_over(first, successor)
+            successor.rules.take_over_from(first.rules)
             fall_silent(first)
             other.rules.table[0] = (2, successor.endpoint)
             assert np.array_equal(await stream.step(FRAMES), reference(FRAMES)[0])
@@ -249,20 +230,20 @@ async def test_a_copy_of_the_only_shard_is_found_at_the_other_endpoint() -> None
         first.rules.table, successor.rules.table = [(1, first.endpoint)], [(2, successor.endpoint)]
         async with AsyncClient(f"{first.endpoint},{successor.endpoint}") as client:
             stream = await client.open(OF_0)
-            takes_over(first, successor)
+            successor.rules.take_over_from(first.rules)
             fall_silent(first)
             assert np.array_equal(await stream.step(FRAMES), reference(FRAMES)[0])
 
 
 async def test_tables_and_servers_of_a_lower_term_are_not_followed() -> None:
-    with fakes((0, 2), (1, 1), (0, 3), (0, 1)) as (first, other, successor, former):
+    with fake_shards((0, 2), (1, 1), (0, 3), (0, 1)) as (first, other, successor, former):
         async with AsyncClient(first.endpoint) as client:
             stream, _ = await client.open(OF_0), await client.open(OF_1)
             other.rules.table[0] = (1, former.endpoint)
             first.do(first.rules.restart)
             await stream.step(FRAMES[0])
             first.rules.info = replace(first.rules.info, term=1)  # as if a server of long ago had come back there
-            takes_over(first, successor)
+            successor.rules.take_over_from(first.rules)
             first.do(first.rules.restart)
             waiting = asyncio.create_task(stream.step(FRAMES[1:]))
             await asyncio.sleep(0.5)
@@ -273,7 +254,7 @@ async def test_tables_and_servers_of_a_lower_term_are_not_followed() -> None:
 
 
 async def test_another_number_of_shards_ends_the_client() -> None:
-    with fakes((0, 0), (1, 0)) as (first, other):
+    with fake_shards((0, 0), (1, 0)) as (first, other):
         async with AsyncClient(first.endpoint) as client:
             stream = await client.open(OF_1)
             other.rules.info = replace(other.rules.info, shards=3)
@@ -283,7 +264,7 @@ async def test_another_number_of_shards_ends_the_client() -> None:
 
 
 async def test_a_shard_that_nobody_serves_is_waited_for() -> None:
-    with fakes((0, 0), (1, 0)) as (first, other):
+    with fake_shards((0, 0), (1, 0)) as (first, other):
         first.rules.table[1] = (0, "")
         async with AsyncClient(first.endpoint, reconnect_s=0.0) as client:
             with pytest.raises(ConnectionFailed):

@@ -260,6 +260,11 @@ class FakeRules:
         for peer in list(self._peers):
             self.drop(peer)
 
+    def take_over_from(self, former: FakeRules) -> None:
+        """Continue the streams of another server, which nobody uses any more."""
+        self.streams, self._numbers = former.streams, former._numbers
+        self.restart()
+
     def shut_down(self) -> list[tuple[bytes, Message]]:
         """Say GOODBYE and take nothing until the restart."""
         self.draining = True
@@ -640,3 +645,15 @@ class FakeServer:
                 router.send_multipart([peer, *message])
         router.close()
         bell.close()
+
+
+@contextlib.contextmanager
+def fake_shards(*places: tuple[int, int]) -> Iterator[list[FakeServer]]:
+    """Servers of a cluster of two shards, each with its (shard, term). The first ones are in everybody's table."""
+    with contextlib.ExitStack() as stack:
+        infos = [replace(RING_INFO, shard=shard, shards=2, term=term) for shard, term in places]
+        made = [stack.enter_context(FakeServer(info)) for info in infos]
+        for server in made:
+            first = (next(each for each in made if each.rules.info.shard == shard) for shard in (0, 1))
+            server.rules.table = [(each.rules.info.term, each.endpoint) for each in first]
+        yield made

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import instep_tools
 from instep_client.protocol.wire import Code, Kind
 from instep_tools.app import app
-from tests.support.fake_server import INFO, FakeServer, error, reference
+from tests.support.fake_server import INFO, FakeServer, error, fake_shards, reference
 
 MAIN = "from instep_tools import main; main()"
 
@@ -59,6 +59,24 @@ def test_ping_of_a_server_that_takes_no_connection(server: FakeServer, code: Cod
     else:
         said = f"{code.name}: {code.sentence}"
         assert (json.loads(result.stdout), result.stderr) == ({"error": said}, f"error: {said}\n")
+
+
+def test_a_cluster_is_shown_with_its_shards() -> None:
+    with fake_shards((0, 0), (1, 0)) as (first, second):
+        first.rules.occupy("mic-1")
+        second.rules.occupy("mic-4")
+        place = "--endpoint", f"tcp://127.0.0.1:1,{second.endpoint}"
+        assert "2 shards" in run("ping", *place).stdout
+        for command in (("streams", "list", *place), ("top", *place, "--every", "0.1")):
+            words = [line.split() for line in run(*command).stdout.splitlines() if line]
+            assert [line[-1] for line in words if line[0] in ("name", "mic-1", "mic-4", "▼name")][-2:] == ["0", "1"]
+        second.rules.ready = 0.0
+        assert run("ping", *place).exit_code == 1
+        first.rules.fault = lambda header, frames: []
+        result = run("ping", *place, "--json")
+        values = json.loads(result.stdout)
+        assert (result.exit_code, values["ready"], values["server"]["shards"]) == (1, False, 2)
+        assert first.endpoint in values["why"]
 
 
 def test_produce(tmp_path: Path) -> None:
