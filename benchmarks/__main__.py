@@ -28,6 +28,7 @@ from benchmarks.models import fairness, swap
 from benchmarks.reference import LeftOut, WrongOutput
 from benchmarks.report import line, machine, say, show
 from benchmarks.rows import MEASUREMENTS
+from benchmarks.shards import shards
 from benchmarks.watching import listed, watched
 from instep.demo.child_server import ChildFailed
 from instep.models.errors import ModelError
@@ -43,6 +44,7 @@ SEPARATE: Final = {
     "swap": swap,
     "fairness": fairness,
     "encrypted": encrypted,
+    "shards": shards,
 }
 """Measured only when they are named: they depend on a disk, or take long."""
 QUICK: Final[dict[str, Any]] = {"rounds": 1, "seconds": 0.05, "scale": 50}

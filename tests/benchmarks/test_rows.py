@@ -19,6 +19,7 @@ from benchmarks.isolation import isolation
 from benchmarks.measurement import Bench, Row
 from benchmarks.reference import LeftOut
 from benchmarks.rows import MEASUREMENTS
+from benchmarks.shards import shards
 from instep.models.folder import write_model
 from tests.support import warm_server
 from tests.support.models import with_head
@@ -48,7 +49,7 @@ def test_a_measurement_has_a_positive_value_for_each_side(
     torch.set_num_threads(1)
     for module in (models, watching):
         monkeypatch.setattr(module, "ChildServer", WarmServer)
-    if measure in (isolation, models.fairness):
+    if measure in (isolation, models.fairness, shards):
         monkeypatch.setattr(subprocess, "Popen", begin_warm)
     warm_up = int(measure in MEASUREMENTS.values())  # the others begin many processes in each round
     bench = Bench(tmp_path, rounds=1, seconds=0.02, scale=100, warm_up=warm_up, serve=ThreadedServer)

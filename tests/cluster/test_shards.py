@@ -27,6 +27,7 @@ from instep.server.supervisor import MOST_RESTARTS
 from instep_client import Client
 from instep_client.protocol.wire import shard_of
 from tests.support.models import SMALL, whole
+from tests.support.ports import free_ports
 from tests.support.running import log_into
 from tests.support.served import Served, serving
 from tests.support.streaming import random_frames
@@ -54,19 +55,6 @@ class Cluster:
 
     def process(self, shard: int) -> psutil.Process:
         return psutil.Process(self.http.get("/api/stats").json()["shards"][shard]["pid"])
-
-
-def free_ports(count: int) -> int:
-    """The first of some free ports in a row."""
-    while True:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            first = int(probe.getsockname()[1])
-        try:
-            for port in range(first, first + count):
-                socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        return first
 
 
 def take(port: int) -> socket.socket:
