@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sqlite3
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from instep.models.folder import load_model
-from instep.recording.database import LIMITS, DatabaseLimits
+from instep.recording.database import LIMITS
 from instep.recording.errors import DamagedRecording, TrimmedMeanwhile
 from instep.recording.inspection import inspect, look_over
 from instep.recording.reader import RecordingReader
@@ -27,13 +26,12 @@ from instep.replay.command import run
 from instep_tools.formats.read import read_sequences
 from tests.support.batches import batches_of
 from tests.support.forger import Forger
+from tests.support.living import GRU, STREAMS, live, small_scribe, step
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
 from tests.support.replaying import replay
-from tests.support.scribe import F32, Scribe
+from tests.support.scribe import Scribe
 from tests.support.stretches import stretches_of
 from tests.support.written import cut_out
-
-STREAMS = [1, 2, 3, 4]
 
 
 def look_at(path: Path) -> closing[sqlite3.Connection]:
@@ -44,52 +42,6 @@ def count_pages(database: sqlite3.Connection) -> tuple[int, int]:
     """Pages of the file: all, and those that hold anything."""
     pages, free = (database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
     return pages, pages - free
-
-
-def live(scribe: Scribe, rounds: int, *, now_ns: int | None = None, goes_on: bool = False) -> Iterator[int]:
-    """Rounds of an engine that trims as its recorder does: streams step, begin, end and are reset."""
-    newest = max(scribe.states)
-    for number in range(rounds):
-        open_now = sorted(scribe.states)
-        position = scribe.step(open_now)
-        if goes_on:  # before a checkpoint has their states
-            scribe.step(open_now)
-        if number % 7 == 3:
-            scribe.reset(open_now[number % len(open_now)], scribe.random_state())
-        if number % 11 == 5:
-            newest += 1
-            scribe.open(newest, scribe.random_state() if number % 2 else None)
-            scribe.close(open_now[0])
-        scribe.writer.commit()
-        now = scribe.now if now_ns is None else now_ns
-        if scribe.writer.wants_checkpoint(now):
-            scribe.checkpoint(position)
-            scribe.writer.commit()
-        for _ in range(scribe.rng.integers(1, 40)):  # other rows are written between two portions
-            if not scribe.writer.trim(now):
-                break
-        yield number
-    while scribe.writer.trim(scribe.now if now_ns is None else now_ns):
-        pass
-
-
-GRU = make_gru(3, 4, layers=2)
-
-
-def step(x: F32, h: F32) -> tuple[F32, F32]:
-    """In place of a GRU of that size, which these thousands of steps need not be: every frame changes all states."""
-    after = np.linspace(0.3, 0.7, 8, dtype=np.float32).reshape(2, 1, 4) * h + x.sum(1, keepdims=True)
-    return after[-1], after
-
-
-def small_scribe(folder: Path) -> Scribe:
-    """Of a recording with small rows and pages, so that little is written for much to happen."""
-    header = make_header(gru_description(GRU), model_folder=str(folder / "model"))
-    kept, small = Retention(keep_bytes=60 * 1024), DatabaseLimits(page_bytes=1024)
-    scribe = Scribe(RecordingWriter.create(folder / "a.rec", header, kept, small), step)
-    for stream in STREAMS:
-        scribe.open(stream)
-    return scribe
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from instep.core.typing import F32, U64
 from instep.recording.reader import RecordingReader
 from instep.recording.schema import Durability
+from instep.recording.writer import Statement
 from instep_client.protocol.codes import Code
 from tests.support.commits import held_commits
 from tests.support.in_process import InProcessOrigin
@@ -65,6 +68,92 @@ async def test_nothing_is_answered_before_the_recording_has_it(
         assert asked.done() == (durability == "memory")
         may_commit.set()
         await asked
+
+
+class OtherNode:
+    """A second place: transactions pass at once, and barriers once they may."""
+
+    def __init__(self) -> None:
+        self.used = True
+        self.barriers = 0
+        self.may_pass = threading.Semaphore(0)
+        self.failure: Exception | None = None
+
+    def is_used(self) -> bool:
+        return self.used
+
+    def commit(self, statements: Sequence[Statement], here: Callable[[], object]) -> None:
+        here()
+
+    def barrier(self) -> None:
+        self.barriers += 1
+        assert self.may_pass.acquire(timeout=60)
+        if self.failure is not None:
+            raise self.failure
+
+
+REFUSED: dict[str, Ask] = {
+    "resume": lambda _, origin, handles, x: origin.resume(
+        ["nobody"], np.ones(1, np.uint64), np.ones(1, np.uint64), take_over=True
+    ),
+    "open": lambda _, origin, handles, x: origin.open(["s"]),
+    "open some": lambda _, origin, handles, x: origin.open(["s", "new"]),
+    "read": lambda kit, origin, handles, x: kit.frontend.ask(lambda: kit.operations.read_states(["s"])),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("end", ["passes", "is not used", "another serves"])
+async def test_what_is_said_without_a_commit_passes_the_second_place(tmp_path: Path, name: str, end: str) -> None:
+    other = OtherNode()
+    async with streaming(inline=True) as kit:
+        kit.record(tmp_path / "r.instep", second_place=other)
+        origin = kit.frontend.connect()
+        handles = (await origin.open(["s"])).handles
+        await kit.durable()
+        other.used = end != "is not used"
+        asked = asyncio.ensure_future(REFUSED[name](kit, origin, handles, ONES))
+        if end == "is not used":
+            await asked
+            assert not other.barriers
+            return
+        while not other.barriers:
+            await asyncio.sleep(0.001)
+        await kit.settle()
+        assert not asked.done()
+        other.failure = RuntimeError("its term is over") if end == "another serves" else None
+        other.may_pass.release()
+        if end == "passes":
+            await asked
+            return
+        while not kit.failures:
+            await asyncio.sleep(0.001)
+        await kit.settle()
+        assert not asked.done()
+        asked.cancel()
+
+
+async def test_requests_share_the_barrier_that_begins_after_them(tmp_path: Path) -> None:
+    other = OtherNode()
+    async with streaming(inline=True) as kit:
+        kit.record(tmp_path / "r.instep", second_place=other)
+        origin = kit.frontend.connect()
+        await origin.open(["s"])
+        read = partial(kit.operations.read_states, ["s"])
+        early = asyncio.ensure_future(kit.frontend.ask(read))
+        while not other.barriers:
+            await asyncio.sleep(0.001)
+        late = [asyncio.ensure_future(kit.frontend.ask(read)) for _ in range(9)]
+        await kit.settle()
+        await kit.settle()
+        other.may_pass.release()
+        await early
+        while other.barriers < 2:
+            await asyncio.sleep(0.001)
+        assert not any(each.done() for each in late), "the first barrier began before them"
+        other.may_pass.release()
+        await asyncio.gather(*late)
+    assert other.barriers == 2
 
 
 @pytest.mark.parametrize("asks", ["resume", "read"])

@@ -21,7 +21,7 @@ from instep.recording.reader import load_open_streams
 from instep.recording.recorder import Recorder
 from instep.recording.records import OpenStream
 from instep.recording.schema import Durability
-from instep.recording.writer import RecordingWriter
+from instep.recording.writer import RecordingWriter, SecondPlace
 from instep.replay.recovery import resume_recording
 from instep.runtime.executor import RunResult, Step, run_steps
 from instep.runtime.stepper import StateAccess, Stepper
@@ -265,7 +265,14 @@ class StreamingEngine:
         self.loop.frontends = [self.frontend]
         self.loop.start()
 
-    def record(self, path: Path, *, durability: Durability = "commit", queue_batches: int = 64) -> Recovery | None:
+    def record(
+        self,
+        path: Path,
+        *,
+        durability: Durability = "commit",
+        queue_batches: int = 64,
+        second_place: SecondPlace | None = None,
+    ) -> Recovery | None:
         """Record from now on, in a new file or in one that is continued; what was continued."""
         header = recording_header(prepared(self._model), config(recording={"file": path, "durability": durability}))
         journal, recovery = self.engine.journal, None
@@ -274,6 +281,7 @@ class StreamingEngine:
             writer, recovery = resume_recording(path, header, self.tables, self.table, journal.dirty, self.stepper)
         else:
             writer = RecordingWriter.create(path, header)
+        writer.second_place = second_place
         running = asyncio.get_running_loop()
 
         def on_loop(call: Callable[..., None], *values: object) -> None:

@@ -135,10 +135,16 @@ class Caller:
         endpoint: `tcp://HOST:PORT` or `ipc://PATH`.
         keys: the listener's public key, and the caller's own; None without keys.
         max_bytes: the longest message that is taken.
+        notices_loss: whether nothing is waited for any more once the connection is lost.
     """
 
-    def __init__(self, endpoint: str, keys: ClientKeys | None = None, max_bytes: int = 2**24) -> None:
+    def __init__(
+        self, endpoint: str, keys: ClientKeys | None = None, max_bytes: int = 2**24, *, notices_loss: bool = False
+    ) -> None:
         self._endpoint, self._keys, self._max_bytes = endpoint, keys, max_bytes
+        self._notices_loss = notices_loss
+        self._awaited: list[zmq.Socket[bytes]] = []
+        """The socket and, with `notices_loss`, the one on which ZeroMQ says that its connection is lost."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._number = 0
@@ -154,6 +160,9 @@ class Caller:
             if self._keys is not None:
                 keys = (key.encode() for key in self._keys)
                 socket.curve_serverkey, socket.curve_publickey, socket.curve_secretkey = keys
+            self._awaited = [socket]
+            if self._notices_loss:
+                self._awaited.append(socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
             socket.connect(self._endpoint)
         return self._socket
 
@@ -174,8 +183,13 @@ class Caller:
 
         Raises:
             Rejected: with the sentence.
+            NoAnswer: the connection is lost, and `notices_loss`.
         """
-        if not self.socket.poll(max(0, round(within_s * 1000))):
+        socket, waits_ms = self.socket, max(0, round(within_s * 1000))
+        ready = [each for each, _ in zmq.zmq_poll([(each, zmq.POLLIN) for each in self._awaited], waits_ms)]
+        if socket not in ready:
+            if ready:
+                raise NoAnswer(f"the connection to {self._endpoint} is lost")
             return None
         number, is_granted, value = unpack(self.socket.recv_multipart())
         if not is_granted:
@@ -200,7 +214,9 @@ class Caller:
     def reconnect(self) -> None:
         """Drop the connection and all that has not been sent; the next request makes another one."""
         if self._socket is not None:
-            self._socket.close()
+            self._socket.disable_monitor()
+            for each in self._awaited:
+                each.close()
             self._socket = None
 
     def close(self) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from instep.core.typing import I32, I64, Bool
+from instep.recording.writer import SecondPlace
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import ShardTable, shard_of
 
@@ -28,6 +30,14 @@ class Shard:
     """The number of this server among those that the shard has had on any node; 0 without a directory."""
     table: ShardTable | None = None
     """Where all shards are served. It may be replaced while the server runs, and is None where nothing is known."""
+    second_place: Callable[[Path], SecondPlace] | None = None
+    """Makes the second place of a recording; None where there is no other node."""
+    is_copied: bool = False
+    """Whether a copy on another node has everything that is answered. It may change at any time."""
+
+    def durability(self, own: str) -> str:
+        """The durability that grants name, if that of the server's recording is `own`."""
+        return "copied" if self.is_copied and own != "memory" else own
 
     def table_or_own(self, endpoint: str) -> ShardTable:
         """The table; where nothing is known, one that has this server, at `endpoint`, and no other."""

@@ -118,10 +118,16 @@ def make_tables(database: sqlite3.Connection, page_bytes: int = PAGE_BYTES) -> N
         database.execute(statement)
 
 
+@cache
+def insertion(table: str) -> str:
+    """The statement that appends a row, with its CRC, to a table."""
+    columns = HEADER if table == "header" else TABLES[table]
+    return f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))}, ?)"
+
+
 def insert(database: sqlite3.Connection, table: str, rows: Iterable[tuple[Any, ...]]) -> None:
     """Append rows, with their CRCs, to a table."""
-    columns = HEADER if table == "header" else TABLES[table]
-    database.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(columns))}, ?)", rows)
+    database.executemany(insertion(table), rows)
 
 
 def with_crcs(rows: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:

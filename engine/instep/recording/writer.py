@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import astuple
+from functools import partial
 from itertools import repeat
 from json import dumps
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeAlias
 from urllib.parse import quote
 
 import numpy as np
@@ -21,6 +22,7 @@ from instep.recording.database import (
     LIMITS,
     DatabaseLimits,
     insert,
+    insertion,
     is_in_use,
     make_tables,
     put_wal_away,
@@ -52,7 +54,6 @@ from instep.recording.schema import (
     OWNER_EVENT,
     RECOVERED_EVENT,
     STATES_EVENT,
-    TABLES,
     Column,
     Durability,
     RecordingHeader,
@@ -65,12 +66,35 @@ from instep.recording.schema import (
 from instep.recording.trim import DELETE_STATES, KEEP_ALL, Retention, counts_of_events, deletions
 
 WAL_KEPT_BYTES: Final = 64 * 2**20
+SET_NEWEST: Final = "UPDATE newest SET position = ?, states = ?, crc = ?"
 _SYNCHRONOUS: Final[dict[Durability, str]] = {"memory": "NORMAL", "commit": "NORMAL", "fsync": "FULL"}
 _PAGES_A_COMMIT: Final = 4
 """The approximate number of pages that every commit changes."""
 _MOST_CLOSED: Final = 4096
 _ROW_BYTES: Final = 64
 """The approximate size of a row without its blobs, in bytes."""
+
+Statement: TypeAlias = tuple[str, list[tuple[Column, ...]]]
+"""An SQL statement that changes rows, and the values for each of its executions."""
+
+
+class SecondPlace(Protocol):
+    """Another place that has every transaction of a recording before anything is answered that rests on it.
+
+    Its methods are called in the writer's thread, and end the recording if they raise.
+    """
+
+    def is_used(self) -> bool:
+        """Whether answers depend on it now."""
+        ...
+
+    def commit(self, statements: Sequence[Statement], here: Callable[[], object]) -> None:
+        """Commit a transaction `here` and there."""
+        ...
+
+    def barrier(self) -> None:
+        """Return once the place has taken an empty transaction."""
+        ...
 
 
 class RecordingWriter:
@@ -86,6 +110,7 @@ class RecordingWriter:
         retention: the limits of the kept history.
         position: of the newest row, committed or not.
         trimmed: the beginning of a trimmed history.
+        second_place: gets all later transactions; may be set while no transaction is open.
     """
 
     def __init__(
@@ -106,6 +131,9 @@ class RecordingWriter:
         self._database = database
         self._limits = limits
         self._in_transaction = False
+        self.second_place: SecondPlace | None = None
+        self._statements: list[Statement] = []
+        """Those of the open transaction, for the second place."""
         # SQLite copies the WAL into the file when its last connection closes. After an error nothing may be written
         # any more, so a second connection, for reading only, is always open.
         self._guard = sqlite3.connect(
@@ -176,7 +204,7 @@ class RecordingWriter:
                 insert(database, "header", header.rows())
                 insert(database, "newest", with_crcs([(0, 0)]))
                 database.execute("COMMIT")
-                set_up(database, header, limits)
+                set_up(database, header.durability, limits)
                 writer = cls(path, lock, database, header, 0, retention, limits)
                 undo.pop_all()
                 return writer
@@ -215,7 +243,7 @@ class RecordingWriter:
                 refuse_other_model(path, last, header)
                 database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
                 undo.callback(database.close)
-                set_up(database, header, limits)
+                set_up(database, header.durability, limits)
                 writer = cls(path, lock, database, header, position, retention, limits)
                 writer.copy_wal()  # before anything is written: SQLite begins a WAL anew only if all of it was copied
                 writer.event(time.time_ns(), RECOVERED_EVENT, position, "another process goes on")
@@ -344,10 +372,10 @@ class RecordingWriter:
         counts = (self._count_until(table, through) for table in COUNTED)
         new = Checkpoint(int(through), self.position, int(time_ns), self._bytes, *counts)
         while self._checkpoints and self._checkpoints[-1].position > self._kept.position:
-            self._database.execute("DELETE FROM checkpoints WHERE position = ?", (self._checkpoints.pop().position,))
+            self._change("DELETE FROM checkpoints WHERE position = ?", [(self._checkpoints.pop().position,)])
         if self._checkpoints and self._checkpoints[-1].position == new.position:
             return  # nothing has changed since the one that is kept
-        insert(self._database, "checkpoints", with_crcs([astuple(new)]))
+        self._change(insertion("checkpoints"), with_crcs([astuple(new)]))
         self._checkpoints.append(new)
         if self.retention.is_apart(self._kept, new.bytes, new.time_ns):
             self._kept = new
@@ -398,9 +426,9 @@ class RecordingWriter:
             yield
         self._begin()
         self.trimmed = Trimmed(position, events, self._last_stream, self._last_epoch)
-        self._database.execute("DELETE FROM trimmed")
-        insert(self._database, "trimmed", with_crcs([astuple(self.trimmed)]))
-        self._database.execute("DELETE FROM checkpoints WHERE position < ?", (position,))
+        self._change("DELETE FROM trimmed", [()])
+        self._change(insertion("trimmed"), with_crcs([astuple(self.trimmed)]))
+        self._change("DELETE FROM checkpoints WHERE position < ?", [(position,)])
         self.commit()
         self._checkpoints = [each for each in self._checkpoints if each.position >= position]
         yield
@@ -411,7 +439,7 @@ class RecordingWriter:
             for statement, rows in portion:
                 if rows:
                     self._begin()
-                    self._database.executemany(statement, rows)
+                    self._change(statement, rows)
                     self._state_rows -= len(rows) if statement is DELETE_STATES else 0
             self.commit()
             yield
@@ -428,8 +456,12 @@ class RecordingWriter:
         """
         if self._in_transaction:
             row = (self.position, self._state_rows)
-            self._database.execute("UPDATE newest SET position = ?, states = ?, crc = ?", (*row, row_crc(*row)))
-            self._database.execute("COMMIT")
+            self._change(SET_NEWEST, [(*row, row_crc(*row))])
+            if self.second_place is None:
+                self._database.execute("COMMIT")
+            else:
+                self.second_place.commit(self._statements, partial(self._database.execute, "COMMIT"))
+                self._statements = []
             self._in_transaction = False
             self._bytes_in_wal += _PAGES_A_COMMIT * self._page_bytes
         there = None
@@ -442,6 +474,11 @@ class RecordingWriter:
                 f"{self.path} or its WAL was moved or removed while it was being written: it holds everything up to "
                 "then, and nothing more is written"
             )
+
+    def barrier(self) -> None:
+        """Return once the second place, if there is one, has taken an empty transaction."""
+        if self.second_place is not None:
+            self.second_place.barrier()
 
     def copy_wal(self) -> None:
         """Copy the WAL into the file once it is large enough. This does not change durability."""
@@ -482,7 +519,7 @@ class RecordingWriter:
     def _replace_states(self, through: int, rows: StateRows) -> None:
         streams = rows.streams.tolist()
         self._delete_states(streams)
-        insert(self._database, "states", with_crcs(rows.as_rows(through)))
+        self._change(insertion("states"), with_crcs(rows.as_rows(through)))
         self._bytes_in_wal += rows.states.nbytes + rows.tail_x.nbytes + rows.tail_y.nbytes
         self._state_rows += len(streams)
 
@@ -491,7 +528,7 @@ class RecordingWriter:
         changes = "SELECT total_changes()"
         ((before,),) = self._database.execute(changes)
         delete = "DELETE FROM states WHERE stream = ? AND position > ?"
-        self._database.executemany(delete, [(stream, self._kept.position) for stream in [*self._closed, *streams]])
+        self._change(delete, [(stream, self._kept.position) for stream in [*self._closed, *streams]])
         self._is_partial = True
         self._closed = []
         ((after,),) = self._database.execute(changes)
@@ -527,10 +564,15 @@ class RecordingWriter:
         """Insert rows into a table from equally long columns, which follow `time_ns`."""
         self._begin()
         before = self.position
-        marks = ", ".join("?" * len(TABLES[table]))
-        self._database.executemany(f"INSERT INTO {table} VALUES ({marks}, ?)", self._rows(int(time_ns), columns))
+        self._change(insertion(table), self._rows(int(time_ns), columns))
         if table in self._counts:
             self._counts[table] += self.position - before
+
+    def _change(self, statement: str, rows: Iterable[tuple[Column, ...]]) -> None:
+        if self.second_place is not None:
+            rows = list(rows)
+            self._statements.append((statement, rows))
+        self._database.executemany(statement, rows)
 
     def _rows(self, time_ns: int, columns: tuple[Iterable[Column], ...]) -> Iterator[tuple[Column, ...]]:
         for values in zip(*columns, strict=True):
@@ -563,11 +605,11 @@ class RecordingWriter:
         return self._counts[table] - int(self._database.execute(later, (int(position),)).fetchone()[0])
 
 
-def set_up(database: sqlite3.Connection, header: RecordingHeader, limits: DatabaseLimits) -> None:
-    """Set a connection's durability as the header requires."""
+def set_up(database: sqlite3.Connection, durability: Durability, limits: DatabaseLimits = LIMITS) -> None:
+    """Set a connection's durability."""
     database.execute("PRAGMA journal_mode=WAL")
     database.execute(f"PRAGMA busy_timeout={round(limits.lock_wait_s * 1000)}")
     database.execute(f"PRAGMA journal_size_limit={WAL_KEPT_BYTES}")  # after a long read, the WAL is cut to this
     database.execute("PRAGMA secure_delete=OFF")  # trimmed pages are reused; overwriting them first would cost as much
     database.execute("PRAGMA wal_autocheckpoint=0")  # answers would wait for it, since it comes within a commit
-    database.execute(f"PRAGMA synchronous={_SYNCHRONOUS[header.durability]}")
+    database.execute(f"PRAGMA synchronous={_SYNCHRONOUS[durability]}")

@@ -120,7 +120,7 @@ def _make_server(
         undo.callback(writer.discard if recovery is None else writer.abandon)
         opened.append((service, writer, recovery))
     for service, writer, recovery in opened:
-        record(service, writer, recovery, config, loop, shutdown)
+        record(service, writer, recovery, config, loop, shutdown, models.shard)
     server = Server(config, shutdown, loop, models, log, supervision)
     server.principals = None if keys is None else keys.principals
     for foundation, service, each in zip(foundations, services, planned, strict=True):

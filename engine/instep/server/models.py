@@ -414,7 +414,8 @@ class Loader:
 
     def _record(self, made: _Made) -> None:
         if made.opened is not None:
-            record(made.served.service, *made.opened, self._server.config, self._loop, self._shutdown)
+            config, shard = self._server.config, self._server.models.shard
+            record(made.served.service, *made.opened, config, self._loop, self._shutdown, shard)
 
     async def _move(
         self,

@@ -21,6 +21,7 @@ from instep.config.sections import StreamPolicy
 from instep.core.dirty import DirtyTracker
 from instep.core.streams import StreamTable
 from instep.core.typing import I64, U8
+from instep.frontends.shards import Shard
 from instep.models.base import RecurrentModel, StateSpec
 from instep.models.errors import ModelError
 from instep.models.folder import check_name, load_model
@@ -258,10 +259,13 @@ def record(
     config: Config,
     loop: Loop,
     shutdown: Shutdown,
+    shard: Shard,
 ) -> None:
     """Record everything that a service does from now on. Nothing here can fail."""
     durability = config.recording.durability
     service.log.info("recording", file=str(writer.path), durability=durability)
+    if shard.second_place is not None:
+        writer.second_place = shard.second_place(writer.path)
     service.recorder = recorder = _recorder(service, writer, config, loop, shutdown)
     service.recovery = recovery
     last_stream = 0 if recovery is None else recovery.last_stream

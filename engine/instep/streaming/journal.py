@@ -69,6 +69,8 @@ class Journal:
         """Requests that wait for durability."""
         self._committing = Waiters()
         """Waiters for a commit, whatever the durability."""
+        self._barriers_wanted = self._barriers_begun = self._barriers_passed = 0
+        """Numbers of barriers."""
         self._releases = 0
         """Releases of replies that follow after the coroutines that waited."""
 
@@ -121,6 +123,8 @@ class Journal:
     def advance(self, lsn: int) -> None:
         """Note that everything up to this lsn is committed; called on the loop's thread."""
         self._committed = lsn
+        if self._barriers_wanted > self._barriers_begun == self._barriers_passed:
+            self._begin_barrier()
         if not (self._committing or self._durable or self._releases):
             self._release(lsn)
             return
@@ -144,6 +148,31 @@ class Journal:
         if self._waits:
             self._hurry(lsn)
             await self._durable.until(lambda: lsn <= self._committed)
+
+    async def current(self) -> None:
+        """Wait until a reply may say what memory holds now: it is durable, and no other server has taken over."""
+        await self.durable(self.newest)
+        await self.barrier()
+
+    async def barrier(self) -> None:
+        """Wait until a second place of the recording, if there is one, has taken something that was sent after this.
+
+        All that wait share one barrier.
+        """
+        if self._waits and self._recorder is not None and self._recorder.has_second_place:
+            number = self._barriers_wanted = self._barriers_begun + 1  # not the one under way: it began before
+            if self._barriers_begun == self._barriers_passed:
+                self._begin_barrier()
+            await self._durable.until(lambda: self._barriers_passed >= number)
+
+    def _begin_barrier(self) -> None:
+        self._barriers_begun += 1
+
+        def pass_barrier(writer: RecordingWriter) -> None:
+            writer.barrier()
+            self._barriers_passed += 1  # the recorder's thread calls `advance` after this
+
+        self._put(pass_barrier, rows=0)
 
     async def committed(self, lsn: int) -> None:
         """Wait until the record of this lsn is committed, whatever the durability."""

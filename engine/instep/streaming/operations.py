@@ -75,6 +75,7 @@ class StreamOperations:
         granted = codes == 0
         opened = slots[granted]
         if not len(opened):
+            await self._journal.barrier()
             return Grants.none(codes)
         initial = None if states is None else states[granted]
         # Recorded at once: the streams can be parked or taken over before their states are written.
@@ -89,6 +90,8 @@ class StreamOperations:
             self._engine.events.add_all("opened", granted_names, _connection(origin), grants.next_seqs[granted])
             self._tombstones.remove(granted_names)
             await self._journal.durable(lsn)
+        if len(opened) < len(names):
+            await self._journal.barrier()
         return grants
 
     async def _give_up_opened(self, origin: Origin, opened: I64, codes: I32, granted: Bool) -> None:
@@ -120,7 +123,7 @@ class StreamOperations:
             return Grants.none(codes)
         seqs, states, lost = await self._states.read(slots[good])
         codes[good[lost]] = Code.STATE_LOST
-        await self._journal.durable(self._journal.newest)
+        await self._journal.current()
         good = good[~lost]
         if not self._origins.is_connected(origin):
             return Grants.none(codes)  # gone meanwhile; its number may be another's now
@@ -187,7 +190,7 @@ class StreamOperations:
         self._journal.resumed(own)
         grants = Grants.of(table, decision.slots, decision.codes)
         grants.expected_seqs[:] = decision.expected_seq
-        await self._journal.durable(self._journal.newest)  # the grant, or the records that a refusal rests on
+        await self._journal.current()
         return grants
 
     async def _ended(self, slots: I64) -> None:
@@ -234,7 +237,7 @@ class StreamOperations:
         if good.any():
             next_seqs[good], states[good], lost = await self._states.read(slots[good])
             codes[good] = np.where(lost, Code.STATE_LOST, 0)
-        await self._journal.durable(self._journal.newest)
+        await self._journal.current()
         return StatesRead(next_seqs, states, codes)
 
     async def write_states(self, origin: Origin, handles: U64, states: U8 | None, codes: I32) -> I32:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -24,7 +25,7 @@ from instep.security.quotas import Usages
 from instep.streaming.api import Refusal
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
-from instep_client.protocol.wire import Code, Header, Kind, request_of_step
+from instep_client.protocol.wire import Code, Header, Kind, Message, request_of_step
 
 _BURST: Final = 256
 _STEP: Final = bytes([Kind.STEP])
@@ -92,7 +93,7 @@ class ZmqFrontend:
                 peer.served = served
                 own = handles.get(peer.number, np.zeros(0, np.uint64))
                 next_seqs = engine.table.next_seq[engine.table.slots.slots_named(own)]
-                self._outbound.send(peer, encode.welcome(0, served.info))
+                self._outbound.send(peer, self._info(0, served))
                 self._outbound.send(peer, encode.moved(own, next_seqs, served.info.fingerprint))
         del self._requests_of[former]
 
@@ -246,7 +247,11 @@ class ZmqFrontend:
         about = {"principal": principal.name, "address": self._router.address, "model": served.service.name}
         served.service.engine.table.principal_of[peer.number] = usage.number
         self._log.debug("connected", connection=peer.number, name=name, **about)
-        self._outbound.send(peer, encode.welcome(header.request, served.info))
+        self._outbound.send(peer, self._info(header.request, served))
+
+    def _info(self, request: int, served: Served) -> Message:
+        durability = self._models.shard.durability(served.info.durability)
+        return encode.welcome(request, replace(served.info, durability=durability))
 
     def _reply_at_once(self, peer: Peer, header: Header, parts: list[bytes], now_ns: int) -> None:
         served = peer.served
@@ -260,7 +265,7 @@ class ZmqFrontend:
                         f"this connection belongs to the model {served.service.name!r}; make another one for "
                         f"{model!r:.120}"
                     )
-                self._outbound.send(peer, encode.welcome(header.request, served.info))
+                self._outbound.send(peer, self._info(header.request, served))
             case Kind.PING:
                 self._outbound.send(peer, encode.pong(header.request))
             case Kind.PONG:

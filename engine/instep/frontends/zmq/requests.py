@@ -36,6 +36,10 @@ class Requests:
     def _operations(self) -> StreamOperations:
         return self.served.service.operations
 
+    @property
+    def _durability(self) -> str:
+        return self.shard.durability(self.served.info.durability)
+
     def open(self, peer: Peer, header: Header, parts: list[bytes]) -> Answer:
         """Decode OPEN."""
         count = self.decoder.count(header.fields[0])
@@ -57,7 +61,7 @@ class Requests:
             )
             granted = opened.spread(codes)
             self.shard.redirect(names, granted.codes, granted.expected_seqs)
-            return granted.codes, encode.granted(Kind.OPENED, header.request, granted, self.served.info.durability)
+            return granted.codes, encode.granted(Kind.OPENED, header.request, granted, self._durability)
 
         return answer
 
@@ -73,7 +77,7 @@ class Requests:
         async def answer() -> tuple[I32, Message]:
             resumed = await self._operations.resume(peer, looked, claims["have"], claims["epoch"], take_over)
             self.shard.redirect(names, resumed.codes, resumed.expected_seqs)
-            return resumed.codes, encode.granted(Kind.RESUMED, header.request, resumed, self.served.info.durability)
+            return resumed.codes, encode.granted(Kind.RESUMED, header.request, resumed, self._durability)
 
         return answer
 
@@ -122,7 +126,7 @@ class Requests:
         async def answer() -> tuple[I32, Message]:
             forked = await self._operations.fork(peer, handles, names, refused)
             self.shard.redirect(names, forked.codes, forked.expected_seqs)
-            return forked.codes, encode.granted(Kind.OPENED, header.request, forked, self.served.info.durability)
+            return forked.codes, encode.granted(Kind.OPENED, header.request, forked, self._durability)
 
         return answer
 

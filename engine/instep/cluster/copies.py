@@ -1,0 +1,577 @@
+"""The copy of a shard on another node: each transaction is there before anything is answered that rests on it.
+
+A server sends the statements of its transactions, with their values, to a process of the other node, which holds the
+copy. A copy begins while the server goes on: the tables are read and sent in portions. What is committed meanwhile is
+sent after each portion, and rows that were read before or after it become right by that: every row that a transaction
+changes is replaced or deleted by the last one that did so, and no other row has changed since it was read.
+
+A server commits its own transaction first, so a copy never has more than the recording, unless the recording has lost
+something.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NoReturn, Protocol
+from urllib.parse import quote
+
+import structlog
+
+from instep.cluster.rules import ShardRole
+from instep.cluster.talk import Caller, Listener, NoAnswer, NodeRequest, Rejected
+from instep.config import TransportConfig
+from instep.frontends.shards import Shard
+from instep.recording.database import LIMITS, SUFFIX, bytes_on_disk, insertion, make_tables
+from instep.recording.errors import RecordingError
+from instep.recording.lock import WriterLock
+from instep.recording.schema import TABLES, Durability
+from instep.recording.writer import SET_NEWEST, Statement, set_up
+from instep.security.keys import ServerKeys
+from instep.server.preparation import CannotServe
+
+MAX_MESSAGE_BYTES: Final = 2**28
+"""Of a transaction, and of those that wait while a copy begins."""
+_PORTION_BYTES: Final = 2**20
+_ROW_BYTES: Final = 64
+_AT_ONCE: Final = 64
+"""Transactions that waited and that the copy commits together."""
+_CAUGHT_UP_S: Final = 0.05
+"""A copy that takes what was committed meanwhile within this time gets the rest while the recorder waits."""
+_COPIED_FIRST_BYTES: Final = 2**26
+"""A server that begins gives a copy that counts all of a recording up to this size before it answers."""
+_WHOLE_S: Final = 30.0
+"""The time in which all of a new copy is on the disk, and in its place."""
+_AGAIN_S: Final = 1.0
+_VERBS: Final = {"write": "_write", "commit": "_commit", "whole": "_become_whole"}
+
+
+class CopiesDirectory(Protocol):
+    """What a server asks the directory; see `rules.Assignments`. A call waits until it is answered."""
+
+    def begins(self, shard: int, term: int, node: str) -> ShardRole | None:
+        """The role of a server that has not answered anything yet; None if its term is over."""
+        ...
+
+    def attached(self, shard: int, term: int, attempt: int) -> bool:
+        """Whether the copy of an attempt, which is whole, counts from now on."""
+        ...
+
+    def dropped(self, shard: int, term: int, attempt: int) -> bool:
+        """Whether the server may continue without the copy of an attempt; if not, its term is over."""
+        ...
+
+    def behind(self, shard: int, term: int, attempt: int) -> bool:
+        """Whether the copy, which has more than the server, takes its place."""
+        ...
+
+
+# ── The server's side ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class CopiedShard:
+    """The recordings in a shard's folder, and their copy on another node.
+
+    Call `begin` before the recordings are opened, `start` before anything is answered, and `follow` with each new role.
+    Nothing waits for the copy except the threads of recorders.
+
+    Args:
+        shard: of which server this is; its `second_place` and `is_copied` are kept here.
+        node: the name of this node.
+        folder: with the recordings.
+        directory: is asked in the threads of recorders and in one of this object's.
+        call: makes a connection to the copy that a role names.
+        durability: of the recordings, and of the copy.
+        log: gets a line when a copy begins to count, and when one is lost.
+        timeout_s: a copy that does not answer for this long is lost.
+    """
+
+    def __init__(
+        self,
+        shard: Shard,
+        node: str,
+        folder: Path,
+        directory: CopiesDirectory,
+        call: Callable[[ShardRole], Caller],
+        durability: Durability,
+        log: structlog.stdlib.BoundLogger,
+        timeout_s: float = 2.0,
+    ) -> None:
+        self._shard, self._node, self._folder = shard, node, folder
+        self._directory, self._call, self._durability = directory, call, durability
+        self._log, self._timeout_s = log, timeout_s
+        self._roles: queue.SimpleQueue[ShardRole] = queue.SimpleQueue()
+        self._changed = threading.Condition(threading.RLock())
+        """Held while a transaction is committed, here and there, and for each change of what follows."""
+        self._role: ShardRole | None = None
+        """With the newest attempt."""
+        self._needs_copy = False
+        self._copy: Caller | None = None
+        """The copy that gets each transaction; it counts, or is about to."""
+        self._is_used = False
+        self._waiting: list[tuple[str, Sequence[Statement]]] | None = None
+        """Transactions that a copy which begins does not have yet; None while none begins."""
+        self._waiting_bytes = 0
+        self._over: RecordingError | None = None
+        shard.second_place = partial(_Place, self)
+
+    def begin(self) -> None:
+        """Ask for the role, and compare the recordings with a copy that counts.
+
+        Raises:
+            CannotServe: another node is to serve the shard.
+        """
+        settle(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        complete = self._folder / _COMPLETE
+        number, term = self._shard.number, self._shard.term
+        while (role := self._directory.begins(number, term, self._node)) is not None:
+            self._needs_copy = role.needs_copy
+            theirs = self._positions_of_copy(role) if role.counts else {}
+            if theirs is not None:
+                own = positions(self._folder)
+                if any(position > own.get(file, 0) for file, position in theirs.items()):
+                    self._directory.behind(number, term, role.attempt)
+                    raise CannotServe(f"the copy of shard {number} on {role.other} has more than the recording here")
+                self._role = role
+            elif _read_note(complete) == {"term": term, "boot": _boot()}:
+                self._ask_to_drop(role, "it does not answer")  # it cannot have more
+            else:
+                reason = "the recording may lack its end, and the copy, which counts, does not answer"
+                self._log.warning("waiting for the copy", node=role.other, reason=reason)
+                time.sleep(_AGAIN_S)
+                continue
+            _write_note(complete, term=term, boot=_boot())
+            return
+        raise CannotServe(f"shard {number} has had another server since term {term}")
+
+    def start(self) -> None:
+        """Give a copy that counts everything, or have it dropped; follow roles from now on.
+
+        Raises:
+            RecordingError: another node serves the shard.
+        """
+        role, self._role = self._role, None
+        if role is not None and role.counts:
+            if sum(map(bytes_on_disk, _files(self._folder))) <= _COPIED_FIRST_BYTES:
+                self._try(role)
+            else:
+                self._ask_to_drop(role, "the recording is too large to be copied before answers")
+        elif role is not None:
+            self.follow(role)
+        threading.Thread(target=self._follow, name="instep-copies", daemon=True).start()
+
+    def follow(self, role: ShardRole) -> None:
+        """Begin another copy if the role names one; called in any thread."""
+        self._roles.put(role)
+
+    def close(self) -> None:
+        """End the connection to the copy; nothing is sent any more."""
+        with self._changed:
+            self._let_go()
+
+    @property
+    def is_used(self) -> bool:
+        """Whether answers depend on a copy now."""
+        return self._is_used or self._needs_copy or self._over is not None
+
+    def commit(self, file: str, statements: Sequence[Statement], here: Callable[[], object]) -> None:
+        """Commit a transaction of a recording here, and in the copy.
+
+        Raises:
+            RecordingError: another node serves the shard.
+        """
+        with self._changed:
+            self._send("write", file, statements)
+            here()
+            if self._waiting is not None:
+                self._waiting.append((file, statements))
+                self._waiting_bytes += _bytes_of(statements)
+                if self._waiting_bytes > MAX_MESSAGE_BYTES:
+                    self._waiting = None  # `_catch_up` finds that
+            self.barrier()
+
+    def barrier(self) -> None:
+        """Return once the copy, if there is one, has committed what was sent.
+
+        Raises:
+            RecordingError: another node serves the shard.
+        """
+        with self._changed:
+            self._ask("commit", self._timeout_s)
+            while self._needs_copy and not self._shard.is_copied and self._over is None:
+                self._changed.wait()
+            if self._over is not None:
+                raise self._over
+
+    def _send(self, verb: str, *arguments: Any) -> None:
+        if self._copy is not None:
+            try:
+                self._copy.send(verb, *arguments)
+            except NoAnswer as error:
+                self._lose(str(error))
+
+    def _ask(self, verb: str, within_s: float) -> None:
+        if self._copy is not None:
+            try:
+                self._copy.ask(verb, within_s=within_s)
+            except (NoAnswer, Rejected) as error:
+                self._lose(str(error))
+
+    def _lose(self, reason: str) -> None:
+        """Continue without the copy once the directory has stored that."""
+        role = self._role
+        assert role is not None
+        self._let_go()
+        self._ask_to_drop(role, reason)
+        self._say(used=False, copied=False)
+
+    def _ask_to_drop(self, role: ShardRole, reason: str) -> None:
+        self._log.warning("copy lost", node=role.other, reason=reason)
+        if not self._directory.dropped(role.shard, role.term, role.attempt):
+            self._over = RecordingError(f"shard {role.shard} has had another server since term {role.term}")
+            with self._changed:
+                self._changed.notify_all()
+            raise self._over
+
+    def _let_go(self) -> None:
+        if self._copy is not None:
+            self._copy.close()
+        self._copy = self._waiting = None
+
+    def _say(self, *, used: bool, copied: bool) -> None:
+        self._is_used, self._shard.is_copied = used, copied
+        self._changed.notify_all()
+
+    # In a thread of its own, except for the first copy of `start`.
+
+    def _follow(self) -> None:
+        with suppress(RecordingError):  # recorders find it
+            while True:
+                role = self._roles.get()
+                while not self._roles.empty():
+                    role = self._roles.get()
+                if role.other and role.address and (self._role is None or role.attempt > self._role.attempt):
+                    with self._changed:  # the directory has stored that the copy before does not count
+                        self._let_go()
+                        self._say(used=False, copied=False)
+                    self._try(role)
+                    if self._copy is None:
+                        time.sleep(_AGAIN_S)
+
+    def _try(self, role: ShardRole) -> None:
+        """Give a copy everything; if that fails, have the attempt dropped."""
+        self._role = role
+        copy = self._call(role)
+        try:
+            self._give(role, copy)
+        except (NoAnswer, Rejected, OSError, sqlite3.Error, RecordingError) as error:
+            with self._changed:
+                copy.close()
+                if self._over is None:
+                    self._lose(str(error))
+
+    def _give(self, role: ShardRole, copy: Caller) -> None:
+        with self._changed:
+            self._waiting, self._waiting_bytes = [], 0
+        copy.ask("begin", role.term, role.attempt, self._durability, within_s=self._timeout_s)
+        for file in _files(self._folder):
+            for portion in _portions(file):
+                copy.send("write", file.name, [portion])
+                copy.ask("commit", within_s=self._timeout_s)
+                self._catch_up(copy)
+        copy.ask("whole", within_s=_WHOLE_S)
+        behind_s = 1.0
+        while behind_s > _CAUGHT_UP_S:
+            began_s = time.monotonic()
+            self._catch_up(copy)
+            behind_s = time.monotonic() - began_s
+        with self._changed:
+            self._catch_up(copy)
+            self._copy, self._waiting = copy, None
+            self._say(used=True, copied=False)
+        if not self._directory.attached(role.shard, role.term, role.attempt):
+            raise RecordingError("the directory does not want it any more")
+        with self._changed:
+            if self._copy is copy:
+                self._say(used=True, copied=True)
+                self._log.info("copied", node=role.other)
+
+    def _catch_up(self, copy: Caller) -> None:
+        """Send what was committed since the last call."""
+        with self._changed:
+            if self._waiting is None:
+                raise RecordingError("it takes less than is recorded")
+            waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        for first in range(0, len(waiting), _AT_ONCE):
+            for file, statements in waiting[first : first + _AT_ONCE]:
+                copy.send("write", file, statements)
+            copy.ask("commit", within_s=self._timeout_s)
+
+    def _positions_of_copy(self, role: ShardRole) -> dict[str, int] | None:
+        if not role.address:
+            return None
+        copy = self._call(role)
+        try:
+            found: dict[str, int] = copy.ask("positions", within_s=self._timeout_s)
+            return found
+        except (NoAnswer, Rejected):
+            return None
+        finally:
+            copy.close()
+
+
+class _Place:
+    """The second place of one recording; see `SecondPlace`."""
+
+    def __init__(self, copied: CopiedShard, file: Path) -> None:
+        self._copied, self._file = copied, file.name
+        self.barrier = copied.barrier
+
+    def is_used(self) -> bool:
+        return self._copied.is_used
+
+    def commit(self, statements: Sequence[Statement], here: Callable[[], object]) -> None:
+        self._copied.commit(self._file, statements, here)
+
+
+def _portions(file: Path) -> Iterator[Statement]:
+    """All rows of a recording, which may be written meanwhile; nothing is locked between two portions."""
+    with closing(_read_only(file)) as database:
+        yield insertion("header"), database.execute("SELECT * FROM header").fetchall()
+        for table in TABLES:
+            statement = SET_NEWEST if table == "newest" else insertion(table)
+            rows = _some_rows(database, table, -1)
+            while rows:
+                yield statement, [row[1:] for row in rows]
+                rows = _some_rows(database, table, rows[-1][0])
+
+
+def _some_rows(database: sqlite3.Connection, table: str, after: int) -> list[tuple[Any, ...]]:
+    """Rows of about 1 MiB after a rowid, which comes first in each."""
+    rows, size = [], 0
+    with closing(database.execute(f"SELECT rowid, * FROM {table} WHERE rowid > ? ORDER BY rowid", (after,))) as found:
+        while size < _PORTION_BYTES and (row := found.fetchone()):
+            rows.append(row)
+            size += _bytes_of([("", [row])])
+    return rows
+
+
+def _read_only(file: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(file.absolute()))}?mode=ro", uri=True)
+
+
+def _bytes_of(statements: Sequence[Statement]) -> int:
+    values = (value for _, rows in statements for row in rows for value in row if isinstance(value, (bytes, str)))
+    return sum(map(len, values)) + _ROW_BYTES * sum(len(rows) for _, rows in statements)
+
+
+# ── Files ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def settle(folder: Path) -> None:
+    """Complete what a process that held a copy in this folder was killed in; before anything looks into the folder."""
+    if not folder.exists() and _beside(folder, "old").exists():
+        _beside(folder, "old").rename(folder)
+
+
+def positions(folder: Path) -> dict[str, int]:
+    """The newest position of each recording in a folder, by file name; -1 if it cannot be read."""
+    found = {}
+    for file in _files(folder):
+        found[file.name] = -1
+        with suppress(sqlite3.Error, TypeError):
+            with closing(_read_only(file)) as database:
+                (found[file.name],) = database.execute("SELECT position FROM newest").fetchone()
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}")
+
+
+_COMPLETE: Final = "complete.json"
+"""In a server's folder: the term in which it has all that was ever answered, until the machine is started again."""
+
+
+def _read_note(file: Path) -> dict[str, Any]:
+    try:
+        note: dict[str, Any] = json.loads(file.read_text())
+        return note
+    except FileNotFoundError:
+        return {}
+
+
+def _write_note(file: Path, **values: Any) -> None:
+    new = file.with_name(f"{file.name}-new")
+    with new.open("w") as written:
+        json.dump(values, written)
+        written.flush()
+        os.fsync(written.fileno())
+    new.replace(file)
+
+
+def _boot() -> str:
+    """What identifies the time since the machine was started; different each time where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return str(time.time_ns())
+
+
+# ── The copy's side ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def hold_copy(transport: TransportConfig, keys: ServerKeys | None, folder: Path) -> NoReturn:
+    """Hold the copy of a shard in a folder until this process is killed.
+
+    Raises:
+        CannotListen: when the endpoint cannot be bound.
+    """
+    listener = Listener(transport.model_copy(update={"max_message_bytes": MAX_MESSAGE_BYTES}), keys)
+    copy = HeldCopy(folder)
+    while True:
+        copy.answer(listener, 1.0)
+
+
+class HeldCopy:
+    """The recordings of a shard that another node serves.
+
+    A new copy is made in a folder of its own, and replaces the one before when it is whole. Of each sender only the
+    next message is taken, so that none is missing; once one has been refused, the sender has to begin anew.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        settle(folder)
+        self._folder, self._new, self._seen = folder, _beside(folder, "new"), _beside(folder, "json")
+        self._sender = b""
+        self._number = 0
+        self._is_whole = False
+        self._durability: Durability = "commit"
+        self._open: dict[str, sqlite3.Connection] = {}
+        self._locks: list[WriterLock] = []
+        self._bytes: dict[str, int] = {}
+        """Bytes in each WAL, about."""
+
+    def answer(self, listener: Listener, within_s: float) -> None:
+        """Answer the requests that come within a time."""
+        for request in listener.requests(within_s):
+            try:
+                value = self.take(request)
+            except Rejected as error:
+                listener.refuse(request, str(error))
+            else:
+                if value is not None:
+                    listener.answer(request, value)
+                    self._put_wals_away()
+
+    def take(self, request: NodeRequest) -> Any:
+        """Do what a server asks; None if that has no answer.
+
+        Raises:
+            Rejected: with a sentence.
+        """
+        if request.verb == "positions":
+            return positions(self._folder)
+        try:
+            if request.verb == "begin":
+                self._begin(*request.arguments)
+                self._sender, self._number = request.connection, request.number
+                return True
+            if (request.connection, request.number) != (self._sender, self._number + 1):
+                raise ValueError("another attempt to give the shard a copy has begun, or a message is missing")
+            self._number += 1
+            return getattr(self, _VERBS[request.verb])(*request.arguments)
+        except Exception as error:  # also of malformed messages, which end nothing else
+            if request.connection == self._sender:
+                self.close()
+            raise Rejected(str(error)) from None
+
+    def _put_wals_away(self) -> None:
+        for name, size in self._bytes.items():
+            if size > LIMITS.wal_bytes and not self._open[name].in_transaction:
+                self._open[name].execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                self._bytes[name] = 0
+
+    def _begin(self, term: int, attempt: int, durability: Durability) -> None:
+        seen = _read_note(self._seen)
+        if term < seen.get("term", 0) or attempt <= seen.get("attempt", 0):
+            raise ValueError(f"attempt {seen['attempt']} of term {seen['term']} was seen before {attempt} of {term}")
+        _write_note(self._seen, term=term, attempt=attempt)
+        self.close()
+        if self._new.exists():
+            shutil.rmtree(self._new)
+        self._new.mkdir(parents=True)
+        self._durability, self._is_whole = durability, False
+
+    def _write(self, name: str, statements: list[Any]) -> None:
+        database = self._open.get(name) or self._make(name)
+        if not database.in_transaction:
+            database.execute("BEGIN IMMEDIATE")
+        for statement, rows in statements:
+            database.executemany(statement.replace("INSERT", "REPLACE", 1), rows)
+        self._bytes[name] += _bytes_of(statements)
+
+    def _make(self, name: str) -> sqlite3.Connection:
+        if self._is_whole or Path(name).name != name or not name.endswith(SUFFIX):
+            raise ValueError(f"{name!r:.80} is not a recording of this shard")
+        with closing(sqlite3.connect(self._new / name, isolation_level=None)) as database:
+            make_tables(database)
+            database.execute("REPLACE INTO newest VALUES (0, 0, 0)")
+            database.execute("COMMIT")
+        return self._connect(self._new / name)
+
+    def _connect(self, file: Path) -> sqlite3.Connection:
+        self._open[file.name] = database = sqlite3.connect(file, isolation_level=None)
+        self._bytes[file.name] = 0
+        set_up(database, self._durability)
+        return database
+
+    def _commit(self) -> bool:
+        for database in self._open.values():
+            if database.in_transaction:
+                database.execute("COMMIT")
+        return True
+
+    def _become_whole(self) -> bool:
+        """Put the new copy in its place."""
+        names, old, sender = list(self._open), _beside(self._folder, "old"), self._sender
+        self.close()
+        if old.exists():
+            shutil.rmtree(old)
+        if self._folder.exists():
+            self._folder.rename(old)
+        self._new.rename(self._folder)
+        self._sender, self._is_whole = sender, True
+        parent = os.open(self._folder.parent, os.O_RDONLY)
+        os.fsync(parent)
+        os.close(parent)
+        for name in names:
+            self._locks.append(lock := WriterLock(self._folder / name))
+            lock.hold()
+            self._connect(self._folder / name)
+        if old.exists():
+            shutil.rmtree(old)
+        return True
+
+    def close(self) -> None:
+        """Close the files, and take nothing more of the present sender."""
+        self._sender = b""
+        for database in self._open.values():
+            database.close()
+        for lock in self._locks:
+            lock.release()
+        self._open, self._bytes, self._locks = {}, {}, []
