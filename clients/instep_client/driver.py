@@ -48,7 +48,6 @@ OPTIONS: Final = {
 _HANDSHAKE_FAILED: Final = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
-_UNKNOWN_KEY: Final = 400
 _RECEIVE_BURST: Final = 256
 """The number of messages read from one socket before other tasks get their turn."""
 _SEND_AT: Final = 128
@@ -336,7 +335,7 @@ def _why_handshake_failed(event: int, status: int, keys: ClientKeys | None, endp
     Without detail, something accepts connections and ends them, as a server does that ends.
     """
     is_final = event != zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and status == _UNKNOWN_KEY:
+    if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH and status == 400:  # of ZAP: it does not know the key
         return f"the server at {endpoint} does not know this client's key: its operator can add it to peers_file", True
     if keys is None:
         cure = "give key_file and server_key, or set INSTEP_KEY_FILE and INSTEP_SERVER_KEY"

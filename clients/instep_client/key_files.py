@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import stat
-import threading
+from functools import partial
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from instep_client.daemon_thread import begin_in_thread
 from instep_client.protocol.errors import InvalidInput
 
 MAX_FILE_BYTES: Final = 2**20
@@ -90,29 +91,26 @@ def read_text(path: Path) -> tuple[str, os.stat_result]:
     Raises:
         InvalidInput: the file is something else, or cannot be read within 2 s.
     """
-    found: list[tuple[str, os.stat_result] | InvalidInput] = []
-    thread = threading.Thread(target=lambda: found.append(_read_text(path)), daemon=True, name="instep-read-file")
-    thread.start()
-    thread.join(_READ_WITHIN_S)
-    if not found:
-        raise InvalidInput(f"{path} could not be read within {_READ_WITHIN_S:g} s: put it on a local disk")
-    if isinstance(found[0], InvalidInput):
-        raise found[0]
-    return found[0]
-
-
-def _read_text(path: Path) -> tuple[str, os.stat_result] | InvalidInput:
+    reading = begin_in_thread(partial(_read_text, path), "instep-read-file")
     try:
-        # Without O_NONBLOCK, a FIFO would wait for a writer.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                return InvalidInput(f"{path} is not a regular file")
-            content = file.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            return InvalidInput(f"{path} is larger than {MAX_FILE_BYTES} bytes")
-        return content.decode(), status
+        return reading.result(_READ_WITHIN_S)
+    except InvalidInput:
+        raise
+    except TimeoutError:
+        raise InvalidInput(f"{path} could not be read within {_READ_WITHIN_S:g} s: put it on a local disk") from None
     except OSError as error:
-        return InvalidInput(f"{path} cannot be read: {error.strerror}")
+        raise InvalidInput(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:  # the text is no UTF-8, or the path has a null byte
-        return InvalidInput(f"{str(path)!r} is not a text file")
+        raise InvalidInput(f"{str(path)!r} is not a text file") from None
+
+
+def _read_text(path: Path) -> tuple[str, os.stat_result]:
+    # Without O_NONBLOCK, a FIFO would wait for a writer.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidInput(f"{path} is not a regular file")
+        content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise InvalidInput(f"{path} is larger than {MAX_FILE_BYTES} bytes")
+    return content.decode(), status

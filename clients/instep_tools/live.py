@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -15,6 +14,7 @@ from functools import partial
 from typing import Final
 
 from instep_client.aio import AsyncClient, AsyncStream
+from instep_client.daemon_thread import begin_in_thread
 from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import Refused, StreamRefused
 from instep_tools.formats.columns import Choice
@@ -172,7 +172,9 @@ async def read_lines(descriptor: int, stop: Stop) -> AsyncIterator[tuple[int, by
 
 
 async def _read_unless_stopped(descriptor: int, stop: Stop) -> bytes:
-    reading = asyncio.ensure_future(_read(descriptor))
+    # In a daemon thread, because a read from a terminal may never return.
+    read = begin_in_thread(partial(os.read, descriptor, CHUNK_BYTES), "instep-client-lines")
+    reading = asyncio.wrap_future(read)
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait((reading, stopping), return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
@@ -183,31 +185,3 @@ async def _read_unless_stopped(descriptor: int, stop: Stop) -> bytes:
         return reading.result()
     except OSError as error:
         raise BadFile(f"the lines cannot be read: {error.strerror}") from None
-
-
-def _read(descriptor: int) -> asyncio.Future[bytes]:
-    """Read once, in a thread of its own.
-
-    A daemon: a read from a terminal may never return, and must not keep the process from ending.
-    """
-    loop = asyncio.get_running_loop()
-    result: asyncio.Future[bytes] = loop.create_future()
-
-    def deliver(data: bytes | OSError) -> None:
-        if result.cancelled():
-            return
-        if isinstance(data, OSError):
-            result.set_exception(data)
-        else:
-            result.set_result(data)
-
-    def read() -> None:
-        try:
-            data: bytes | OSError = os.read(descriptor, CHUNK_BYTES)
-        except OSError as error:
-            data = error
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(deliver, data)
-
-    threading.Thread(target=read, daemon=True, name="instep-client-lines").start()
-    return result

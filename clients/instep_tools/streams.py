@@ -92,18 +92,11 @@ async def park(target: Target, terminal: Terminal, stop: Stop, names: Names) -> 
 
     The clients that own them are notified. At a server with keys, only operators may do so.
     """
-    return await _remove(target, terminal, stop, names, park=True)
+    return await _remove(target, terminal, stop, names, None, None, park=True)
 
 
 async def _remove(
-    target: Target,
-    terminal: Terminal,
-    stop: Stop,
-    names: list[str],
-    prefix: Prefix = None,
-    place: Where = None,
-    *,
-    park: bool,
+    target: Target, terminal: Terminal, stop: Stop, names: list[str], prefix: Prefix, place: Where, *, park: bool
 ) -> Exit:
     if not names and prefix is None and place is None:
         raise CommandProblem("say which streams: their names, --prefix, or --place")

@@ -18,18 +18,13 @@ from instep.config.sections import NO_RECORDING, Config, LogConfig
 _PREFIX: Final = "INSTEP_"
 _CLIENTS: Final = ("INSTEP_ENDPOINT", "INSTEP_MODEL", "INSTEP_KEY_FILE", "INSTEP_SERVER_KEY", "INSTEP_DIRECTORY")
 """Environment variables with the prefix that are for clients."""
-_PLACES: Final = (
-    "model.folder",
-    "transport.key_file",
-    "transport.peers_file",
-    "http.token_file",
-    "recording.file",
-    "log.file",
-    "audit.file",
-)
-"""Keys whose values are paths."""
-KEYS: Final = tuple(f"{name}.{key}" for name, section in Config() for key in type(section).model_fields)
+_FIELDS: Final = {
+    f"{name}.{key}": field for name, section in Config() for key, field in type(section).model_fields.items()
+}
+KEYS: Final = tuple(_FIELDS)
 """Every key as `section.key`, in the order of `configs/default.yaml`."""
+_PLACES: Final = tuple(key for key, field in _FIELDS.items() if "Path" in repr(field.annotation))
+"""Keys whose values are paths."""
 
 
 class ConfigError(Exception):

@@ -122,7 +122,6 @@ def _make_server(
     for service, writer, recovery in opened:
         record(service, writer, recovery, config, loop, shutdown, models.shard)
     server = Server(config, shutdown, loop, models, log, supervision)
-    server.principals = None if keys is None else keys.principals
     for foundation, service, each in zip(foundations, services, planned, strict=True):
         served = make_served(config, foundation, service, models.shard)
         if each.kept_as:

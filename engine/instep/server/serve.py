@@ -474,7 +474,7 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
     admin = {} if server.admin is None else {"http": server.admin.url}
     endpoint = re.sub(r"//(0\.0\.0\.0|\*|\[::\]):", "//127.0.0.1:", server.endpoint)
     asks, keys = f"ping -e {shlex.quote(endpoint)}", {}
-    if server.principals is not None and (key_file := server.config.transport.key_file) is not None:
-        keys = {"keys": "on", "peers": len(server.principals.by_name)}
+    if (key_file := server.config.transport.key_file) is not None:
+        keys = {"keys": "on", "peers": len(server.used())}
         asks = f"--key-file NAME.key_secret --server-key {shlex.quote(str(key_file.with_suffix('.key')))} {asks}"
     log.info("serving", endpoint=server.endpoint, **admin, **keys, next=f"instep-client {asks}")

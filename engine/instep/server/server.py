@@ -134,8 +134,6 @@ class Server:
         supervision: Supervision,
     ) -> None:
         self.config = config
-        self.principals: Principals | None = None
-        """Who may connect; None without keys."""
         self.unread = ""
         """The reason that the last configuration, apart from its models, is not in force; empty if it is."""
         self.unread_peers = ""
@@ -291,7 +289,6 @@ class Server:
 
     def admit(self, principals: Principals) -> int:
         """Let in who these are from now on; return the number of connections of others, which end."""
-        self.principals = principals
         return sum(frontend.admit(principals) for frontend in self._frontends)
 
     def stop(self, *, drain: bool = True) -> None:

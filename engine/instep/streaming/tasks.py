@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
-import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+from instep_client.daemon_thread import begin_in_thread
 
 R = TypeVar("R")
 
@@ -16,17 +16,7 @@ async def in_daemon_thread(work: Callable[[], R], name: str) -> R:
 
     A forced end of the process waits for the threads of `asyncio.to_thread`, but not for these.
     """
-    result: concurrent.futures.Future[R] = concurrent.futures.Future()
-    result.set_running_or_notify_cancel()  # nobody can cancel it any more: the thread sets a result
-
-    def run() -> None:
-        try:
-            result.set_result(work())
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return await asyncio.wrap_future(result)
+    return await asyncio.wrap_future(begin_in_thread(work, name))
 
 
 class Tasks:

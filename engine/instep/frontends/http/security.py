@@ -116,19 +116,10 @@ class Guard:
             self._under_way -= counted
 
     def _check(self, scope: Scope) -> None:
-        if scope["path"] in HEALTH:
-            return self._check_request(scope)
-        if self._under_way >= MOST_REQUESTS:
+        headers, is_of_health = Headers(scope=scope), scope["path"] in HEALTH
+        if self._under_way >= MOST_REQUESTS and not is_of_health:
             sentence = f"{MOST_REQUESTS} requests are being answered already: end one, and try again"
             raise HttpError(503, "TOO_MANY_CONNECTIONS", sentence)
-        self._check_request(scope)
-        if (wait_s := self._rate.take(1, REQUESTS_PER_S, BURST, time.monotonic())) > 0:
-            sentence = f"more than {REQUESTS_PER_S:g} requests a second came: ask less often"
-            raise HttpError(429, "TOO_MANY_REQUESTS", sentence, {"retry-after": str(int(wait_s) + 1)})
-        return None
-
-    def _check_request(self, scope: Scope) -> None:
-        headers = Headers(scope=scope)
         if scope["method"] not in _METHODS:
             sentence = f"the admin server changes nothing: use GET or HEAD, not {scope['method']:.20}"
             raise HttpError(405, "METHOD_NOT_ALLOWED", sentence, {"allow": ", ".join(_METHODS), "connection": "close"})
@@ -143,16 +134,18 @@ class Guard:
         is_other_site = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if is_other_site and headers.get("sec-fetch-mode") != "navigate":  # what a link leads to, no page can read
             raise HttpError(403, "OTHER_SITE", "pages of other sites get no answers: open the address itself")
-        if self.tokens is not None and scope["path"] not in HEALTH:
-            self._check_token(_shown_token(headers.get("authorization", "")))
-
-    def _check_token(self, shown: str) -> None:
-        equal = [_are_equal(shown, token) for token in (self.tokens or {}).values()]
-        if not any(equal):
+        if is_of_health:
+            return
+        shown = _shown_token(headers.get("authorization", ""))
+        equal = [_are_equal(shown, token) for token in (self.tokens or {}).values()]  # as long for any of them
+        if self.tokens is not None and not any(equal):
             sentence = (
                 "this needs a token of http.token_file: send `Authorization: Bearer TOKEN`, or the password TOKEN"
             )
             raise HttpError(401, "UNAUTHORIZED", sentence, {"www-authenticate": 'Basic realm="instep"'})
+        if (wait_s := self._rate.take(1, REQUESTS_PER_S, BURST, time.monotonic())) > 0:
+            sentence = f"more than {REQUESTS_PER_S:g} requests a second came: ask less often"
+            raise HttpError(429, "TOO_MANY_REQUESTS", sentence, {"retry-after": str(int(wait_s) + 1)})
 
 
 def _shown_token(authorization: str) -> str:
