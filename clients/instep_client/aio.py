@@ -402,15 +402,13 @@ def _joined(
     places = {name: place for place, name in enumerate(names)}
     failed = [failure for error in errors for failure in error.failures]
     failures = tuple(sorted(failed, key=lambda failure: places[failure.stream]))
-    first = min(errors, key=lambda each: (isinstance(each, FramesRefused), places[_stream(each)]))
-    if isinstance(first, FramesRefused):
+    ended = [error for error in errors if isinstance(error, StreamEvicted)]
+    if not ended:
+        first = min(errors, key=lambda error: places[error.failures[0].stream])
         return FramesRefused(first.code, first.sentence, failures, outputs)
-    first.failures, first.outputs = failures, outputs
-    return first
-
-
-def _stream(error: FramesRefused | StreamEvicted) -> str:
-    return error.failures[0].stream if isinstance(error, FramesRefused) else error.stream
+    evicted = min(ended, key=lambda error: places[error.stream])
+    evicted.failures, evicted.outputs = failures, outputs
+    return evicted
 
 
 class AsyncClient:

@@ -18,7 +18,7 @@ from instep_client.arguments import Indices, good_names
 from instep_client.connection import ENDED, OPEN, Call
 from instep_client.driver import Driver
 from instep_client.key_files import ClientKeys
-from instep_client.protocol.errors import ConnectionFailed, InstepError
+from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import shard_of
 from instep_client.session import Session
 
@@ -92,16 +92,16 @@ class Links:
 
         Of several endpoints the first that answers is used. If none does, this raises the error of the first one.
         """
-        try:
-            await self._reach(wait)
-            self._by_shard[self.first.session.shard] = self.first
-            self._settings["model"] = self.first.session.info.model  # another server may have another default
-            if self.first.session.info.is_in_cluster:
+        await self._reach(wait)
+        self._by_shard[self.first.session.shard] = self.first
+        self._settings["model"] = self.first.session.info.model  # another server may have another default
+        if self.first.session.info.is_in_cluster:
+            try:
                 await self._ask(self.first)
-                self._following = asyncio.create_task(self._follow())
-        except BaseException:
-            await self.close()
-            raise
+            except BaseException:
+                await self.close()
+                raise
+            self._following = asyncio.create_task(self._follow())
 
     async def _reach(self, wait: bool) -> None:
         async def start(link: Link, delay_s: float) -> Link:
@@ -172,18 +172,11 @@ class Links:
 
     async def _ask(self, link: Link) -> None:
         """Ask where the shards are, and leave servers in whose place the answer names others."""
-        table, shards = await link.driver.wait(link.session.where()), self.first.session.shards
-        try:
-            moved = shards.take(table, link.session.endpoint)
-        except ConnectionFailed as error:
-            for other in self._by_shard.values():
-                other.session.fail(ConnectionFailed, str(error))
-                other.driver.wake()
-            raise
-        for shard in moved:
-            if shard in self._by_shard:
-                self._by_shard[shard].session.follow_shards()
-                self._by_shard[shard].driver.wake()
+        table = await link.driver.wait(link.session.where())
+        self.first.session.shards.take(table, link.session.endpoint)
+        for session, driver in self._by_shard.values():
+            session.follow_shards()
+            driver.wake()
 
     async def _follow(self) -> None:
         while True:

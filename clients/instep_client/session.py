@@ -194,9 +194,11 @@ class Session:
         return self.state is RECONNECTING or self._silence.is_doubtful
 
     def follow_shards(self) -> None:
-        """Leave the server at once for the one that `shards` names, unless this one is well and of that term."""
-        if self.is_in_trouble or self.info.term < self.shards.terms[self.shard]:
-            self.lose(f"another server has shard {self.shard} now, at {self.shards.endpoints[self.shard]}")
+        """Leave the server at once if `shards` names a higher term or, for a server in trouble, another endpoint."""
+        endpoint = self.shards.endpoints[self.shard] or self.endpoint
+        is_former = self.state is OPEN and self.info.term < self.shards.terms[self.shard]
+        if is_former or (self.is_in_trouble and self.endpoint != endpoint):
+            self.lose(f"another server has shard {self.shard} now, at {endpoint}")
             self.attempts.at_once(self.now)
 
     @property

@@ -18,6 +18,7 @@ from instep.server.server import Server
 from instep_client import (
     AsyncClient,
     Client,
+    ClientClosed,
     Code,
     ConnectionFailed,
     ConnectionRefused,
@@ -25,7 +26,7 @@ from instep_client import (
     StreamEvicted,
     StreamRefused,
 )
-from instep_client.protocol.wire import ShardTable
+from instep_client.protocol.wire import Kind, ShardTable
 from tests.support.fake_server import RING_INFO, FakeServer, fake_shards, goodbye, reference
 from tests.support.models import SMALL, torch_gru
 from tests.support.running import running
@@ -182,8 +183,16 @@ def test_one_of_several_endpoints_has_to_answer(server: FakeServer) -> None:
     dead = closed_port()
     with Client(f"{dead}, {dead},{server.endpoint}") as client:
         assert client.open("a").next_seq == 0
-    with pytest.raises(ConnectionRefused):
+    with pytest.raises(ConnectionRefused) as refused:
         Client(f"{dead},{closed_port()}").connect()
+    assert dead in str(refused.value)
+
+
+async def test_to_connect_again_is_refused_and_disturbs_nothing(client: AsyncClient) -> None:
+    stream = await client.open("a")
+    with pytest.raises(ClientClosed):
+        await client.connect()
+    assert (await stream.step(X[0, 0])).shape == (8,)
 
 
 OF_0, OF_1 = "mic-1", "mic-4"
@@ -199,19 +208,51 @@ def say_goodbye(server: FakeServer) -> None:
     server.push(goodbye())
 
 
+@pytest.mark.parametrize("term", [1, 2])
 @pytest.mark.parametrize("end", [fall_silent, say_goodbye])
-async def test_a_client_goes_where_the_table_names_a_higher_term(end: Callable[[FakeServer], object]) -> None:
-    with fake_shards((0, 1), (1, 1), (0, 2)) as (first, other, successor):
+async def test_a_client_goes_where_the_table_names_another_server(
+    end: Callable[[FakeServer], object], term: int
+) -> None:
+    with fake_shards((0, 1), (1, 1), (0, term)) as (first, other, successor):
         async with AsyncClient(first.endpoint) as client:
             stream, elsewhere = await client.open(OF_0), await client.open(OF_1)
             outputs = [await stream.step(x) for x in FRAMES[:6]]
             successor.rules.take_over_from(first.rules)
             end(first)
-            other.rules.table[0] = (2, successor.endpoint)
+            other.rules.table[0] = (term, successor.endpoint)
             outputs += [await stream.step(x) for x in FRAMES[6:]]
             assert np.array_equal(np.array(outputs), reference(FRAMES)[0])
             assert (await elsewhere.step(FRAMES[:2])).shape == (2, 2)
             assert client.is_connected
+
+
+async def test_a_server_that_is_well_is_left_for_one_of_a_higher_term() -> None:
+    with fake_shards((0, 1), (1, 1), (0, 2)) as (first, other, successor):
+        async with AsyncClient(first.endpoint) as client:
+            stream, elsewhere = await client.open(OF_0), await client.open(OF_1)
+            await stream.step(FRAMES[0])
+            successor.rules.take_over_from(first.rules)
+            first.rules.table[0] = (2, successor.endpoint)
+            other.do(other.rules.restart)  # so that the client asks the first where the second shard is
+            with other.paused():
+                step = asyncio.create_task(elsewhere.step(FRAMES[0]))
+                while Kind.RESUME not in successor.rules.kinds:
+                    await asyncio.sleep(0.01)
+            await step
+            assert np.array_equal(await stream.step(FRAMES[1:]), reference(FRAMES)[0][1:])
+
+
+async def test_a_cancelled_step_of_two_shards_leaves_both_in_order() -> None:
+    with fake_shards((0, 0), (1, 0)) as (first, other):
+        async with AsyncClient(first.endpoint) as client:
+            group = await client.open_group([OF_0, OF_1])
+            x = np.stack([FRAMES, FRAMES], 1)
+            with other.paused():
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.2):
+                        await group.step(x[0])
+                assert group.next_seqs.tolist() == [1, 1]
+            assert np.array_equal(await group.step(x[1:]), np.stack([reference(FRAMES)[0][1:]] * 2, 1))
 
 
 async def test_servers_that_no_connection_leads_to_are_asked_where_all_are_lost() -> None:
