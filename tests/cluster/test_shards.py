@@ -96,12 +96,8 @@ def test_a_killed_shard_comes_back_with_its_streams_and_signals_and_numbers_are_
 ) -> None:
     names = [next(name for name in map(str, range(99)) if shard_of(name, 2) == shard) for shard in (0, 1)]
     x = random_frames(rng, 40)[:, 0]
-    with (
-        running(tmp_path, arguments) as cluster,
-        Client(cluster.endpoint(0)) as first,
-        Client(cluster.endpoint(1)) as second,
-    ):
-        streams = [first.open(names[0]), second.open(names[1])]
+    with running(tmp_path, arguments) as cluster, Client(cluster.endpoint(0)) as client:
+        streams = list(map(client.open, names))
         y = [[stream.step(x[:20])] for stream in streams]
         pids = [cluster.process(shard).pid for shard in (0, 1)]
         cluster.process(1).kill()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -209,6 +210,20 @@ def told(listening: socket.socket, first: str) -> str:
         message = listening.recv(4096).decode()
         if message.partition("\n")[0] == first:
             return message
+
+
+def test_several_shards_are_ready_and_alive_together(model: Path, tmp_path: Path) -> None:
+    with manager(str(tmp_path / "notify")) as listening:
+        environ = {**os.environ, "NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "200000"}
+        with serving(model, "--shards", "2", endpoint=f"ipc://{tmp_path}/s", env=environ) as served:
+            assert listening.recv(4096).decode() == f"READY=1\nSTATUS=serving {SMALL.name} at 2 endpoints"
+            first, _ = psutil.Process(served.process.pid).children()
+            assert told(listening, "WATCHDOG=1")
+            first.suspend()
+            while select.select([listening], [], [], 0.5)[0]:  # what was on its way
+                listening.recv(4096)
+            first.resume()
+            assert told(listening, "WATCHDOG=1")
 
 
 def test_it_says_when_it_serves_that_it_lives_and_when_it_drains(tmp_path: Path) -> None:

@@ -433,7 +433,10 @@ async def _serve(
             loop.add_signal_handler(number, call)
     _say_what_is_served(server, prepared, log)
     names = ", ".join(each.model.name for each in prepared)
-    launch.service_manager.serving(f"serving {names} at {server.endpoint}", launch.shard.number)
+    shard, where = launch.shard, server.endpoint
+    if shard.count > 1:
+        where = f"{shard.count} endpoints"
+    launch.service_manager.serving(f"serving {names} at {where}", shard.number)
     on_ready(server.endpoint)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     with torch.inference_mode():  # of the loop's thread, once: each short run would be longer by it
