@@ -39,22 +39,10 @@ def config_of_shard(config: Config, number: int) -> Config:
 
 def findings(config: Config, shards: int) -> Iterator[Finding]:
     """Check everything that needs no loaded model, as `before_loading` does for one server."""
-    endpoint, folder, cores = config.transport.endpoint, config.recording.file, usable_cores()
-    port = endpoint.rpartition(":")[2]
-    if not endpoint.startswith("ipc:") and not (port.isdecimal() and int(port) + shards - 1 <= _LAST_PORT):
-        cure = f"each of {shards} shards listens at the next one, and the last port is {_LAST_PORT}"
-        yield Finding("problem", f"--shards needs another port than that of {endpoint}", cure)
+    if (problem := _contradiction(config, shards)) is not None:
+        yield problem
         return
-    if folder is not None and not folder.is_dir():
-        cure = "each shard has a folder of its own in it: name a folder that exists"
-        yield Finding("problem", f"recording.file {folder} is not a folder", cure)
-        return
-    if folder is not None and (others := list(other_shards(folder, shards))):
-        yield from others
-        return
-    if folder is not None and (lone := next(folder.glob(f"*{SUFFIX}"), None)):
-        cure = "its streams would not be found: name another folder"
-        yield Finding("problem", f"{lone} is the recording of a server without shards", cure)
+    folder, cores = config.recording.file, usable_cores()
     if shards > cores:
         yield Finding("warning", f"{shards} shards share {cores} cores", "use at most one shard for each core")
     found: dict[Finding, list[int]] = {}
@@ -67,6 +55,27 @@ def findings(config: Config, shards: int) -> Iterator[Finding]:
     for finding, numbers in found.items():
         where = "" if len(numbers) == shards else f"shard {', '.join(map(str, numbers))}: "
         yield finding._replace(what=where + finding.what)
+
+
+def _contradiction(config: Config, shards: int) -> Finding | None:
+    """What is wrong with the endpoint or the folder for this number of shards, if anything."""
+    endpoint, folder = config.transport.endpoint, config.recording.file
+    port = endpoint.rpartition(":")[2]
+    if not endpoint.startswith("ipc:") and not (port.isdecimal() and int(port) + shards - 1 <= _LAST_PORT):
+        what = f"--shards needs another port than that of {endpoint}"
+        cure = f"each of {shards} shards listens at the next one, and the last port is {_LAST_PORT}"
+    elif folder is None:
+        return None
+    elif not folder.is_dir():
+        what = f"recording.file {folder} is not a folder"
+        cure = "each shard has a folder of its own in it: name a folder that exists"
+    elif others := list(other_shards(folder, shards)):
+        return others[0]
+    elif lone := next(folder.glob(f"*{SUFFIX}"), None):
+        what, cure = f"{lone} is of a server without shards", "its streams would not be found: name another folder"
+    else:
+        return None
+    return Finding("problem", what, cure)
 
 
 def rehearse(config: Config, shards: int, log: structlog.stdlib.BoundLogger) -> None:

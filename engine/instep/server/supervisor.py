@@ -122,27 +122,21 @@ def _ended() -> Iterator[tuple[int, int]]:
 
 def _bury(child: Child, status: int, is_ending: bool, heard: set[signal.Signals], *, is_only: bool) -> None:
     """Decide whether a child that has ended is started again: if so, it has neither a status nor a process."""
-    child.pid = 0
-    if os.WIFEXITED(status):
-        code = os.WEXITSTATUS(status)
-        child.pause_s = 2.0 ** (len(child.deaths) - 1)
-        reason = f"{child.name} could not start again"
-        if is_ending or not child.deaths or code != _COULD_NOT_START:
-            child.status = code
-            if not (is_only or is_ending or child.is_helper):
-                child.log.error("failed", reason=f"{child.name} ended with status {code}; the others go on")
-            return
-    else:
-        number = os.WTERMSIG(status)
-        code, reason, child.pause_s = 128 + number, f"{child.name} was killed by {signal_name(number)}", 0.0
-        if is_ending and number in heard:  # a second one, when the server had drained
-            child.status = code
-            return
+    child.pid, code = 0, os.waitstatus_to_exitcode(status)
+    child.status = code if code >= 0 else 128 - code
+    is_tried_again = code == _COULD_NOT_START and child.deaths and not is_ending
+    if (code >= 0 and not is_tried_again) or (is_ending and -code in heard):  # a second one, when it had drained
+        if not (is_only or is_ending or child.is_helper):
+            child.log.error("failed", reason=f"{child.name} ended with status {code}; the others go on")
+        return
+    child.pause_s = 2.0 ** (len(child.deaths) - 1) if is_tried_again else 0.0
     child.deaths.append(time.monotonic())
+    reason = f"{child.name} {'could not start again' if code > 0 else f'was killed by {signal_name(-code)}'}"
     gives_up = len(child.deaths) > MOST_RESTARTS and child.deaths[-1] - child.deaths[0] < WITHIN_S
     if is_ending or gives_up:
         why = f", {MOST_RESTARTS} restarts within a minute have not helped" if gives_up else ""
         child.log.error("failed", reason=reason + why)
-        child.status = code if is_only else 1
+        child.status = child.status if is_only else 1
     else:
         child.log.error("restarting", reason=reason)
+        child.status = None

@@ -83,11 +83,16 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | N
 
 def _bind_unix(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
-    with suppress(FileNotFoundError):
-        os.unlink(path)  # that of a server that was killed
     listener.setblocking(False)
-    listener.bind(path)
-    listener.listen(_BACKLOG)
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(path)  # that of a server that was killed
+        listener.bind(path)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        advice = "let TMPDIR name another folder, or leave it out (--http off)"
+        raise CannotListen(f"the admin server cannot listen at {path}: {error}; {advice}") from None
     return listener
 
 
