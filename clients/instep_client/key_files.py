@@ -94,8 +94,6 @@ def read_text(path: Path) -> tuple[str, os.stat_result]:
     reading = begin_in_thread(partial(_read_text, path), "instep-read-file")
     try:
         return reading.result(_READ_WITHIN_S)
-    except InvalidInput:
-        raise
     except TimeoutError:
         raise InvalidInput(f"{path} could not be read within {_READ_WITHIN_S:g} s: put it on a local disk") from None
     except OSError as error:
@@ -109,8 +107,8 @@ def _read_text(path: Path) -> tuple[str, os.stat_result]:
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise InvalidInput(f"{path} is not a regular file")
+            raise OSError(0, "it is not a regular file")
         content = file.read(MAX_FILE_BYTES + 1)
     if len(content) > MAX_FILE_BYTES:
-        raise InvalidInput(f"{path} is larger than {MAX_FILE_BYTES} bytes")
+        raise OSError(0, f"it is larger than {MAX_FILE_BYTES} bytes")
     return content.decode(), status

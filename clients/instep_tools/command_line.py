@@ -122,13 +122,13 @@ def add_root_options(app: CommandLine, *, keys: bool = False) -> None:
             typer.echo(f"{app.info.name} {version('instep')}")
             raise typer.Exit
 
-    def root(version: bool, **keys: str) -> None:
+    def root(version: bool, **keys: str | None) -> None:
         os.environ |= {f"INSTEP_{name.upper()}": value for name, value in keys.items() if value}  # for every client
 
     version = typer.Option("--version", "-V", callback=show, is_eager=True, help="Print the version and exit.")
     options = [parameter("version", False, Annotated[bool, version])]
     if keys:
-        options += [parameter("key_file", "", KeyFile), parameter("server_key", "", ServerKey)]
+        options += [parameter("key_file", None, KeyFile), parameter("server_key", None, ServerKey)]
     app.callback()(typed_as(root, root, options))
 
 
@@ -260,12 +260,8 @@ ModelName = Annotated[
         show_default=False,
     ),
 ]
-KeyFile = Annotated[
-    str,
-    typer.Option(metavar="FILE", envvar="INSTEP_KEY_FILE", help="Your NAME.key_secret.", show_default=False),
-]
+KeyFile = Annotated[str | None, typer.Option(metavar="FILE", envvar="INSTEP_KEY_FILE", help="Your NAME.key_secret.")]
 ServerKey = Annotated[
-    str,
-    typer.Option(metavar="FILE", envvar="INSTEP_SERVER_KEY", help="The server's key, or its file.", show_default=False),
+    str | None, typer.Option(metavar="FILE", envvar="INSTEP_SERVER_KEY", help="The server's key, or its file.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]

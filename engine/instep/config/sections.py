@@ -168,8 +168,7 @@ class TransportConfig(Section):
     @model_validator(mode="after")
     def _asks_nobody_who_he_is(self) -> Self:
         if (self.key_file is None) != (self.peers_file is None):
-            missing, given = ("key_file", "peers_file") if self.key_file is None else ("peers_file", "key_file")
-            raise ValueError(f"transport.{given}: it needs a transport.{missing}: docs/security.md shows both")
+            raise ValueError("transport.key_file: give it and transport.peers_file, or neither: see docs/security.md")
         if not is_loopback(self.endpoint) and not self.allow_plaintext and self.key_file is None:
             raise ValueError(
                 f"transport.endpoint: {self.endpoint} can be reached from other machines, and without keys anybody on "

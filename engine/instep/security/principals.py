@@ -87,9 +87,7 @@ class Principal(_Rights):
         return other is not None and other.model_copy(update={"quotas": self.quotas}) == self
 
 
-LOCAL: Final = Principal.model_construct(
-    name="local", key="", role=Role.OPERATOR, streams=("*",), models=None, quotas=Quotas()
-)
+LOCAL: Final = Principal.model_construct(name="local", key="", role=Role.OPERATOR)
 """Everybody, where there are no keys."""
 
 

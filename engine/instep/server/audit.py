@@ -30,13 +30,15 @@ _AUDITED: Final = frozenset(
 
 
 class Audit:
-    """A processor of structlog that also appends some lines of the log to a file, whatever `log.level` is.
+    """A processor of structlog that also appends some lines of the log, whatever `log.level` is, to a file.
+
+    Without a path, it does nothing.
 
     A thread writes them. Lines that it cannot write in time, or not at all, are dropped and counted, and the file says
     how many with the next line. It is opened for each line, and so follows its name as `log.file` does.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(MOST_LINES)
         self._writer: threading.Thread | None = None
@@ -51,7 +53,7 @@ class Audit:
 
     def __call__(self, logger: object, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
         """Take a line of the log, at most one a second of each kind of refusal."""
-        if event["event"] not in _AUDITED:
+        if self._path is None or event["event"] not in _AUDITED:
             return event
         line = {"timestamp": datetime.now(UTC).isoformat(), **event}
         if line["event"] == "refused":
@@ -60,7 +62,7 @@ class Audit:
                 return event
             self._refusals[kind] = now_s
         if self._writer is None:  # not earlier, because a process that was forked since would have no thread
-            self._writer = threading.Thread(target=self._write, name="instep-audit", daemon=True)
+            self._writer = threading.Thread(target=self._write, args=(self._path,), name="instep-audit", daemon=True)
             self._writer.start()
         try:
             self._lines.put_nowait(line)
@@ -68,18 +70,18 @@ class Audit:
             self._surplus += 1
         return event
 
-    def _write(self) -> None:
+    def _write(self, path: Path) -> None:
         told, is_failing = 0, False
         while (line := self._lines.get()) is not None:
             if (dropped := self._surplus + self.failed) > told:
                 line["dropped_before"] = dropped - told
             try:
-                with open(self._path, "a", encoding="utf-8", opener=partial(os.open, mode=0o600)) as file:
+                with open(path, "a", encoding="utf-8", opener=partial(os.open, mode=0o600)) as file:
                     file.write(f"{json.dumps(line, default=str)}\n")
                 told, is_failing = dropped, False
             except OSError as error:
                 if self.log is not None and not is_failing:
-                    self.log.warning("audit not written", file=str(self._path), reason=error.strerror)
+                    self.log.warning("audit not written", file=str(path), reason=error.strerror)
                 self.failed += 1
                 is_failing = True
 

@@ -296,10 +296,8 @@ def launching(
         CannotServe: when they could not start.
     """
     threshold = Threshold(config.log.level)
-    audit = Audit(config.audit.file) if config.audit.file is not None else None
-    log = make_log(config.log, threshold, audit)
-    if audit is not None:
-        audit.log = log
+    audit = Audit(config.audit.file)
+    audit.log = log = make_log(config.log, threshold, audit)
     settle(findings, log)
     prepared = prepare(config, log, restart=supervised)
     settle(with_all_streams(config, prepared, servers), log)
@@ -311,8 +309,7 @@ def launching(
     try:
         yield Launch(config, prepared, log, threshold, reread or (lambda: config), manager, supervised, _has_terminal())
     finally:
-        if audit is not None:
-            audit.close()
+        audit.close()
 
 
 def run(

@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -276,32 +276,23 @@ def _about(config: Config, foundation: Foundation) -> About:
 
 def make_served(config: Config, foundation: Foundation, service: ModelService, shard: Shard) -> Served:
     """The view of a service for its connections."""
-    prepared, limits, about = foundation.prepared, foundation.limits, service.about
-    network = prepared.network
-    max_message_bytes = config.transport.max_message_bytes
+    prepared, about = foundation.prepared, asdict(service.about)
+    del about["kind"]
     info = ServerInfo(
         protocol_version=PROTOCOL_VERSION,
         boot_id=secrets.token_hex(8),
         model=prepared.model.name,
-        fingerprint=about.fingerprint,
-        features=about.features,
-        outputs=about.outputs,
-        state=network.state,
-        device=about.device,
-        exactness=about.exactness,
-        arithmetic=about.arithmetic,
-        max_streams=about.max_streams,
-        max_message_bytes=max_message_bytes,
-        max_block_frames=limits.max_block_frames,
-        credit_frames=limits.credit_frames,
+        state=prepared.network.state,
+        max_message_bytes=config.transport.max_message_bytes,
         max_idle_s=config.limits.max_idle_s,
         window_frames=config.limits.window_frames,
-        durability=about.durability,
         park_s=config.limits.park_s,
         shard=shard.number,
         shards=shard.count,
         term=shard.term,
         output_names=prepared.model.output_names,
+        **about,
+        **asdict(foundation.limits),
     )
     return Served(service, info)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -38,11 +39,10 @@ class ServerStatus:
 
     def late(self) -> str:
         """The names of models whose live verification is far behind."""
-        found = [(service.name, service.verification) for service in self._subject.services]
         late = [
-            f"{name!r}, {check.lag_s:.0f} s{check.reason and f' ({check.reason})'}"
-            for name, check in found
-            if check is not None and check.is_late
+            f"{service.name!r}, {check.lag_s:.0f} s{check.reason and f' ({check.reason})'}"
+            for service in self._subject.services
+            if (check := service.verification) is not None and check.is_late
         ]
         return f"live verification is behind: {'; '.join(late)}" if late else ""
 
@@ -69,18 +69,9 @@ class ServerStatus:
         }
 
     def _model(self, service: ModelService) -> dict[str, Any]:
-        about = service.about
         return {
             "name": service.name,
-            "fingerprint": about.fingerprint,
-            "kind": about.kind,
-            "device": about.device,
-            "exactness": about.exactness,
-            "arithmetic": about.arithmetic,
-            "features": about.features,
-            "outputs": about.outputs,
-            "max_streams": about.max_streams,
-            "durability": about.durability,
+            **asdict(service.about),
             "recording": _recording(service),
             "verification": None if service.verification is None else service.verification.as_json(),
             "numbers": service.numbers(),

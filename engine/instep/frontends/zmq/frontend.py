@@ -104,13 +104,8 @@ class ZmqFrontend:
             return 0
         self._authenticator.principals = principals
         self._usages.reloaded(principals.by_name.values())
-        ended = []
-        for peer in self._outbound.peers():
-            renewed = principals.by_key.get(peer.principal.key)
-            if renewed is not None and renewed.has_rights_of(peer.principal):
-                peer.principal = renewed
-            else:
-                ended.append(peer)
+        known, peers = principals.by_key, self._outbound.peers()
+        ended = [peer for peer in peers if not peer.principal.has_rights_of(known.get(peer.principal.key))]
         self._end(ended, "the rights of this client's key were withdrawn or changed")
         return len(ended)
 
@@ -231,7 +226,7 @@ class ZmqFrontend:
         name, model = hello(header, routing_id)
         if (principal := self._sender()) is None:
             raise Refusal(Code.NOT_ALLOWED, sentence="the server does not know this key any more")
-        served = self._models.find(model, self._may_use(principal))
+        served = self._models.find(model, partial(allowed, principal, Verb.HELLO))
         served.refuse_what_is_new()
         usage = self._usages.of(principal)
         peer = Peer(self._outbound, routing_id, served, now_ns, principal, usage)
@@ -284,7 +279,7 @@ class ZmqFrontend:
                     numbers |= {f'principal_{key}{{principal="{name}"}}': number for key, number in used.items()}
                 self._outbound.send(peer, encode.statistics(header.request, numbers))
             case Kind.MODELS:
-                may_use = self._may_use(peer.principal)
+                may_use = partial(allowed, peer.principal, Verb.HELLO)
                 models = {each.service.name: each.summary() for each in self._models if may_use(each.service.name)}
                 self._outbound.send(peer, encode.served(header.request, models))
             case Kind.SHARDS:
@@ -294,9 +289,6 @@ class ZmqFrontend:
                 raise MalformedMessage(f"{header.kind.name} is a message of the server's")
 
     # ── Principals ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _may_use(self, principal: Principal) -> Callable[[str], bool]:
-        return partial(allowed, principal, Verb.HELLO)
 
     def used(self, asker: Principal = LOCAL) -> dict[str, dict[str, float]]:
         return self._usages.numbers(partial(allowed_to_see, asker))

@@ -41,7 +41,7 @@ class Peer:
     """Its model, from HELLO to the end of the connection; another version of it after a move."""
     last_heard_ns: int
     principal: Principal = LOCAL
-    """Who it is, from HELLO to the end of the connection; the routing id is no identity."""
+    """Who it was at HELLO, with the same rights until the end of the connection; the routing id is no identity."""
     usage: Usage = field(default_factory=partial(Usage, LOCAL))
     """That of the principal, on all of its connections."""
     connection: Connection = (-1, 0)
