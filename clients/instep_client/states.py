@@ -111,7 +111,7 @@ class StreamSnapshot:
                 rename_to_new(part, target)
         finally:
             part.unlink(missing_ok=True)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StreamSnapshot:
@@ -187,8 +187,8 @@ def _safetensors() -> ModuleType:
     return safetensors
 
 
-def _sync_folder(folder: Path) -> None:
-    # without it, a new name may not outlive the loss of power
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk; without that, a new one may not outlive a loss of power."""
     if os.name == "nt":  # folders cannot be opened there, and names need no syncing
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -74,15 +74,12 @@ class OtherNode:
     """A second place: transactions pass at once, and barriers once they may."""
 
     def __init__(self) -> None:
-        self.used = True
+        self.is_used = True
         self.barriers = 0
         self.may_pass = threading.Semaphore(0)
         self.failure: Exception | None = None
 
-    def is_used(self) -> bool:
-        return self.used
-
-    def commit(self, statements: Sequence[Statement], here: Callable[[], object]) -> None:
+    def commit(self, file: Path, statements: Sequence[Statement], here: Callable[[], object]) -> None:
         here()
 
     def barrier(self) -> None:
@@ -111,7 +108,7 @@ async def test_what_is_said_without_a_commit_passes_the_second_place(tmp_path: P
         origin = kit.frontend.connect()
         handles = (await origin.open(["s"])).handles
         await kit.durable()
-        other.used = end != "is not used"
+        other.is_used = end != "is not used"
         asked = asyncio.ensure_future(REFUSED[name](kit, origin, handles, ONES))
         if end == "is not used":
             await asked

@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol
 from urllib.parse import quote
@@ -38,6 +37,7 @@ from instep.recording.schema import TABLES, Durability
 from instep.recording.writer import SET_NEWEST, Statement, set_up
 from instep.security.keys import ServerKeys
 from instep.server.preparation import CannotServe
+from instep_client.states import sync_folder
 
 MAX_MESSAGE_BYTES: Final = 2**28
 """Of a transaction, and of those that wait while a copy begins."""
@@ -52,7 +52,7 @@ _COPIED_FIRST_BYTES: Final = 2**26
 _WHOLE_S: Final = 30.0
 """The time in which all of a new copy is on the disk, and in its place."""
 _AGAIN_S: Final = 1.0
-_VERBS: Final = {"write": "_write", "commit": "_commit", "whole": "_become_whole"}
+_KINDS: Final = "new", "old", "json"
 
 
 class CopiesDirectory(Protocol):
@@ -79,10 +79,10 @@ class CopiesDirectory(Protocol):
 
 
 class CopiedShard:
-    """The recordings in a shard's folder, and their copy on another node.
+    """The recordings in a shard's folder, and their copy on another node: a `SecondPlace`.
 
     Call `begin` before the recordings are opened, `start` before anything is answered, and `follow` with each new role.
-    Nothing waits for the copy except the threads of recorders.
+    Nothing waits for a copy except the threads of recorders.
 
     Args:
         shard: of which server this is; its `second_place` and `is_copied` are kept here.
@@ -110,19 +110,19 @@ class CopiedShard:
         self._directory, self._call, self._durability = directory, call, durability
         self._log, self._timeout_s = log, timeout_s
         self._roles: queue.SimpleQueue[ShardRole] = queue.SimpleQueue()
-        self._changed = threading.Condition(threading.RLock())
-        """Held while a transaction is committed, here and there, and for each change of what follows."""
-        self._role: ShardRole | None = None
+        self._role: ShardRole
         """With the newest attempt."""
-        self._needs_copy = False
+        self._changed = threading.Condition()
+        """Held while a transaction is committed, here and there, and while what follows changes."""
         self._copy: Caller | None = None
         """The copy that gets each transaction; it counts, or is about to."""
-        self._is_used = False
         self._waiting: list[tuple[str, Sequence[Statement]]] | None = None
-        """Transactions that a copy which begins does not have yet; None while none begins."""
+        """Transactions that a copy which begins does not have yet; None while none begins, or if they are too many."""
         self._waiting_bytes = 0
-        self._over: RecordingError | None = None
-        shard.second_place = partial(_Place, self)
+        self._is_over = False
+        """Whether another server may have begun."""
+        self.is_used = False
+        shard.second_place = self
 
     def begin(self) -> None:
         """Ask for the role, and compare the recordings with a copy that counts.
@@ -132,27 +132,25 @@ class CopiedShard:
         """
         settle(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        complete = self._folder / _COMPLETE
-        number, term = self._shard.number, self._shard.term
-        while (role := self._directory.begins(number, term, self._node)) is not None:
-            self._needs_copy = role.needs_copy
-            theirs = self._positions_of_copy(role) if role.counts else {}
-            if theirs is not None:
-                own = positions(self._folder)
-                if any(position > own.get(file, 0) for file, position in theirs.items()):
-                    self._directory.behind(number, term, role.attempt)
-                    raise CannotServe(f"the copy of shard {number} on {role.other} has more than the recording here")
-                self._role = role
-            elif _read_note(complete) == {"term": term, "boot": _boot()}:
-                self._ask_to_drop(role, "it does not answer")  # it cannot have more
-            else:
+        complete, now = self._folder / "complete.json", {"term": self._shard.term, "boot": _boot()}
+        while (role := self._directory.begins(self._shard.number, self._shard.term, self._node)) is not None:
+            self._role, self.is_used = role, role.needs_copy
+            theirs = self._positions_of_copy() if role.counts else {}
+            own = positions(self._folder)
+            if theirs is not None and any(position > own.get(file, 0) for file, position in theirs.items()):
+                self._directory.behind(role.shard, role.term, role.attempt)
+                raise CannotServe(f"the copy of shard {role.shard} on {role.other} has more than the recording here")
+            # Until the machine is started again, a server has all that it has ever committed in its term.
+            if theirs is None and _read_note(complete) != now:
                 reason = "the recording may lack its end, and the copy, which counts, does not answer"
                 self._log.warning("waiting for the copy", node=role.other, reason=reason)
                 time.sleep(_AGAIN_S)
                 continue
-            _write_note(complete, term=term, boot=_boot())
+            if theirs is None:
+                self._drop("it does not answer")
+            _write_note(complete, now)
             return
-        raise CannotServe(f"shard {number} has had another server since term {term}")
+        raise CannotServe(f"shard {self._shard.number} has had another server since term {self._shard.term}")
 
     def start(self) -> None:
         """Give a copy that counts everything, or have it dropped; follow roles from now on.
@@ -160,14 +158,10 @@ class CopiedShard:
         Raises:
             RecordingError: another node serves the shard.
         """
-        role, self._role = self._role, None
-        if role is not None and role.counts:
-            if sum(map(bytes_on_disk, _files(self._folder))) <= _COPIED_FIRST_BYTES:
-                self._try(role)
-            else:
-                self._ask_to_drop(role, "the recording is too large to be copied before answers")
-        elif role is not None:
-            self.follow(role)
+        if self._role.counts and sum(map(bytes_on_disk, _files(self._folder))) > _COPIED_FIRST_BYTES:
+            self._drop("the recording is too large to be copied before anything is answered")
+        if self._role.counts:
+            self._try()
         threading.Thread(target=self._follow, name="instep-copies", daemon=True).start()
 
     def follow(self, role: ShardRole) -> None:
@@ -179,26 +173,21 @@ class CopiedShard:
         with self._changed:
             self._let_go()
 
-    @property
-    def is_used(self) -> bool:
-        """Whether answers depend on a copy now."""
-        return self._is_used or self._needs_copy or self._over is not None
-
-    def commit(self, file: str, statements: Sequence[Statement], here: Callable[[], object]) -> None:
+    def commit(self, file: Path, statements: Sequence[Statement], here: Callable[[], object]) -> None:
         """Commit a transaction of a recording here, and in the copy.
 
         Raises:
             RecordingError: another node serves the shard.
         """
         with self._changed:
-            self._send("write", file, statements)
-            here()
+            self._tell(lambda copy: copy.send("write", file.name, statements))
+            here()  # first, so that a copy never has more
             if self._waiting is not None:
-                self._waiting.append((file, statements))
+                self._waiting.append((file.name, statements))
                 self._waiting_bytes += _bytes_of(statements)
                 if self._waiting_bytes > MAX_MESSAGE_BYTES:
-                    self._waiting = None  # `_catch_up` finds that
-            self.barrier()
+                    self._waiting = None
+            self._reach_copy()
 
     def barrier(self) -> None:
         """Return once the copy, if there is one, has committed what was sent.
@@ -207,80 +196,73 @@ class CopiedShard:
             RecordingError: another node serves the shard.
         """
         with self._changed:
-            self._ask("commit", self._timeout_s)
-            while self._needs_copy and not self._shard.is_copied and self._over is None:
-                self._changed.wait()
-            if self._over is not None:
-                raise self._over
+            self._reach_copy()
 
-    def _send(self, verb: str, *arguments: Any) -> None:
+    def _reach_copy(self) -> None:
+        self._tell(lambda copy: copy.ask("commit", within_s=self._timeout_s))
+        while self._role.needs_copy and not self._shard.is_copied and not self._is_over:
+            self._changed.wait()
+        if self._is_over:
+            raise RecordingError(f"shard {self._role.shard} has had another server since term {self._role.term}")
+
+    def _tell(self, act: Callable[[Caller], object]) -> None:
         if self._copy is not None:
             try:
-                self._copy.send(verb, *arguments)
-            except NoAnswer as error:
-                self._lose(str(error))
-
-    def _ask(self, verb: str, within_s: float) -> None:
-        if self._copy is not None:
-            try:
-                self._copy.ask(verb, within_s=within_s)
+                act(self._copy)
             except (NoAnswer, Rejected) as error:
                 self._lose(str(error))
 
     def _lose(self, reason: str) -> None:
         """Continue without the copy once the directory has stored that."""
-        role = self._role
-        assert role is not None
         self._let_go()
-        self._ask_to_drop(role, reason)
-        self._say(used=False, copied=False)
+        self._drop(reason)
+        self._say(used=False)
 
-    def _ask_to_drop(self, role: ShardRole, reason: str) -> None:
+    def _drop(self, reason: str) -> None:
+        role, self._role = self._role, self._role._replace(counts=False)
         self._log.warning("copy lost", node=role.other, reason=reason)
         if not self._directory.dropped(role.shard, role.term, role.attempt):
-            self._over = RecordingError(f"shard {role.shard} has had another server since term {role.term}")
-            with self._changed:
-                self._changed.notify_all()
-            raise self._over
+            self._is_over = self.is_used = True
+            raise RecordingError(f"shard {role.shard} has had another server since term {role.term}")
 
     def _let_go(self) -> None:
         if self._copy is not None:
             self._copy.close()
         self._copy = self._waiting = None
 
-    def _say(self, *, used: bool, copied: bool) -> None:
-        self._is_used, self._shard.is_copied = used, copied
+    def _say(self, *, used: bool, copied: bool = False) -> None:
+        self.is_used, self._shard.is_copied = used or self._role.needs_copy or self._is_over, copied
         self._changed.notify_all()
 
     # In a thread of its own, except for the first copy of `start`.
 
     def _follow(self) -> None:
-        with suppress(RecordingError):  # recorders find it
-            while True:
+        while not self._is_over:
+            role = self._roles.get()
+            while not self._roles.empty():
                 role = self._roles.get()
-                while not self._roles.empty():
-                    role = self._roles.get()
-                if role.other and role.address and (self._role is None or role.attempt > self._role.attempt):
-                    with self._changed:  # the directory has stored that the copy before does not count
-                        self._let_go()
-                        self._say(used=False, copied=False)
-                    self._try(role)
-                    if self._copy is None:
-                        time.sleep(_AGAIN_S)
+            if role.address and role.attempt > self._role.attempt:
+                with self._changed:  # the directory has stored that the copy before does not count any more
+                    self._let_go()
+                    self._role = role
+                    self._say(used=False)
+                with suppress(RecordingError):  # recorders raise it, too
+                    self._try()
+                if self._copy is None:
+                    time.sleep(_AGAIN_S)
 
-    def _try(self, role: ShardRole) -> None:
+    def _try(self) -> None:
         """Give a copy everything; if that fails, have the attempt dropped."""
-        self._role = role
-        copy = self._call(role)
+        copy = self._call(self._role)
         try:
-            self._give(role, copy)
-        except (NoAnswer, Rejected, OSError, sqlite3.Error, RecordingError) as error:
+            self._give(copy)
+        except Exception as error:  # whatever it is, the server can continue without this copy
             with self._changed:
                 copy.close()
-                if self._over is None:
-                    self._lose(str(error))
+                self._lose(str(error))
 
-    def _give(self, role: ShardRole, copy: Caller) -> None:
+    def _give(self, copy: Caller) -> None:
+        role = self._role
         with self._changed:
             self._waiting, self._waiting_bytes = [], 0
         copy.ask("begin", role.term, role.attempt, self._durability, within_s=self._timeout_s)
@@ -290,37 +272,39 @@ class CopiedShard:
                 copy.ask("commit", within_s=self._timeout_s)
                 self._catch_up(copy)
         copy.ask("whole", within_s=_WHOLE_S)
-        behind_s = 1.0
-        while behind_s > _CAUGHT_UP_S:
-            began_s = time.monotonic()
-            self._catch_up(copy)
-            behind_s = time.monotonic() - began_s
+        while self._catch_up(copy) > _CAUGHT_UP_S:
+            pass
         with self._changed:
-            self._catch_up(copy)
+            self._send(copy, self._waiting)
             self._copy, self._waiting = copy, None
-            self._say(used=True, copied=False)
+            self._say(used=True)
         if not self._directory.attached(role.shard, role.term, role.attempt):
-            raise RecordingError("the directory does not want it any more")
+            raise Rejected("the directory does not want it any more")
         with self._changed:
             if self._copy is copy:
                 self._say(used=True, copied=True)
                 self._log.info("copied", node=role.other)
 
-    def _catch_up(self, copy: Caller) -> None:
-        """Send what was committed since the last call."""
+    def _catch_up(self, copy: Caller) -> float:
+        """Send what was committed since the last call; return the seconds that it took."""
+        began_s = time.monotonic()
         with self._changed:
-            if self._waiting is None:
-                raise RecordingError("it takes less than is recorded")
-            waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+            waiting, self._waiting_bytes = self._waiting, 0
+            if self._waiting is not None:
+                self._waiting = []
+        self._send(copy, waiting)
+        return time.monotonic() - began_s
+
+    def _send(self, copy: Caller, waiting: list[tuple[str, Sequence[Statement]]] | None) -> None:
+        if waiting is None:
+            raise Rejected("it takes less than is recorded")
         for first in range(0, len(waiting), _AT_ONCE):
             for file, statements in waiting[first : first + _AT_ONCE]:
                 copy.send("write", file, statements)
             copy.ask("commit", within_s=self._timeout_s)
 
-    def _positions_of_copy(self, role: ShardRole) -> dict[str, int] | None:
-        if not role.address:
-            return None
-        copy = self._call(role)
+    def _positions_of_copy(self) -> dict[str, int] | None:
+        copy = self._call(self._role)
         try:
             found: dict[str, int] = copy.ask("positions", within_s=self._timeout_s)
             return found
@@ -330,27 +314,12 @@ class CopiedShard:
             copy.close()
 
 
-class _Place:
-    """The second place of one recording; see `SecondPlace`."""
-
-    def __init__(self, copied: CopiedShard, file: Path) -> None:
-        self._copied, self._file = copied, file.name
-        self.barrier = copied.barrier
-
-    def is_used(self) -> bool:
-        return self._copied.is_used
-
-    def commit(self, statements: Sequence[Statement], here: Callable[[], object]) -> None:
-        self._copied.commit(self._file, statements, here)
-
-
 def _portions(file: Path) -> Iterator[Statement]:
     """All rows of a recording, which may be written meanwhile; nothing is locked between two portions."""
     with closing(_read_only(file)) as database:
         yield insertion("header"), database.execute("SELECT * FROM header").fetchall()
         for table in TABLES:
-            statement = SET_NEWEST if table == "newest" else insertion(table)
-            rows = _some_rows(database, table, -1)
+            statement, rows = SET_NEWEST if table == "newest" else insertion(table), _some_rows(database, table, -1)
             while rows:
                 yield statement, [row[1:] for row in rows]
                 rows = _some_rows(database, table, rows[-1][0])
@@ -366,13 +335,9 @@ def _some_rows(database: sqlite3.Connection, table: str, after: int) -> list[tup
     return rows
 
 
-def _read_only(file: Path) -> sqlite3.Connection:
-    return sqlite3.connect(f"file:{quote(str(file.absolute()))}?mode=ro", uri=True)
-
-
 def _bytes_of(statements: Sequence[Statement]) -> int:
-    values = (value for _, rows in statements for row in rows for value in row if isinstance(value, (bytes, str)))
-    return sum(map(len, values)) + _ROW_BYTES * sum(len(rows) for _, rows in statements)
+    rows = [row for _, rows in statements for row in rows]
+    return sum(_ROW_BYTES + sum(len(value) for value in row if isinstance(value, (bytes, str))) for row in rows)
 
 
 # ── Files ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -389,9 +354,8 @@ def positions(folder: Path) -> dict[str, int]:
     found = {}
     for file in _files(folder):
         found[file.name] = -1
-        with suppress(sqlite3.Error, TypeError):
-            with closing(_read_only(file)) as database:
-                (found[file.name],) = database.execute("SELECT position FROM newest").fetchone()
+        with suppress(sqlite3.Error, TypeError), closing(_read_only(file)) as database:
+            (found[file.name],) = database.execute("SELECT position FROM newest").fetchone()
     return found
 
 
@@ -399,24 +363,20 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{SUFFIX}"))
 
 
+def _read_only(file: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{quote(str(file.absolute()))}?mode=ro", uri=True)
+
+
 def _beside(folder: Path, kind: str) -> Path:
     return folder.with_name(f".{folder.name}.{kind}")
 
 
-_COMPLETE: Final = "complete.json"
-"""In a server's folder: the term in which it has all that was ever answered, until the machine is started again."""
+def _read_note(file: Path) -> Any:
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
-def _read_note(file: Path) -> dict[str, Any]:
-    try:
-        note: dict[str, Any] = json.loads(file.read_text())
-        return note
-    except FileNotFoundError:
-        return {}
-
-
-def _write_note(file: Path, **values: Any) -> None:
-    new = file.with_name(f"{file.name}-new")
+def _write_note(file: Path, values: dict[str, Any]) -> None:
+    new = file.with_name(f"{file.name}.new")
     with new.open("w") as written:
         json.dump(values, written)
         written.flush()
@@ -427,7 +387,7 @@ def _write_note(file: Path, **values: Any) -> None:
 def _boot() -> str:
     """What identifies the time since the machine was started; different each time where the system does not say."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
         return str(time.time_ns())
 
@@ -456,15 +416,15 @@ class HeldCopy:
 
     def __init__(self, folder: Path) -> None:
         settle(folder)
-        self._folder, self._new, self._seen = folder, _beside(folder, "new"), _beside(folder, "json")
-        self._sender = b""
-        self._number = 0
+        self._folder, self._new, self._old, self._seen = folder, *(_beside(folder, kind) for kind in _KINDS)
+        self._sender, self._number = b"", 0
         self._is_whole = False
         self._durability: Durability = "commit"
-        self._open: dict[str, sqlite3.Connection] = {}
+        self._files: dict[str, sqlite3.Connection] = {}
         self._locks: list[WriterLock] = []
-        self._bytes: dict[str, int] = {}
-        """Bytes in each WAL, about."""
+        self._bytes_in_wals = 0
+        self._verbs: dict[str, Callable[..., Any]]
+        self._verbs = {"write": self._write, "commit": self._commit, "whole": self._put_in_place}
 
     def answer(self, listener: Listener, within_s: float) -> None:
         """Answer the requests that come within a time."""
@@ -476,7 +436,10 @@ class HeldCopy:
             else:
                 if value is not None:
                     listener.answer(request, value)
-                    self._put_wals_away()
+                if request.verb == "commit" and self._bytes_in_wals > LIMITS.wal_bytes:  # not before the answer
+                    for database in self._files.values():
+                        database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                    self._bytes_in_wals = 0
 
     def take(self, request: NodeRequest) -> Any:
         """Do what a server asks; None if that has no answer.
@@ -494,84 +457,70 @@ class HeldCopy:
             if (request.connection, request.number) != (self._sender, self._number + 1):
                 raise ValueError("another attempt to give the shard a copy has begun, or a message is missing")
             self._number += 1
-            return getattr(self, _VERBS[request.verb])(*request.arguments)
+            return self._verbs[request.verb](*request.arguments)
         except Exception as error:  # also of malformed messages, which end nothing else
             if request.connection == self._sender:
                 self.close()
             raise Rejected(str(error)) from None
 
-    def _put_wals_away(self) -> None:
-        for name, size in self._bytes.items():
-            if size > LIMITS.wal_bytes and not self._open[name].in_transaction:
-                self._open[name].execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-                self._bytes[name] = 0
+    def close(self) -> None:
+        """Close the files, and take nothing more of the present sender."""
+        self._sender = b""
+        for database in self._files.values():
+            database.close()
+        for lock in self._locks:
+            lock.release()
+        self._files, self._locks, self._bytes_in_wals = {}, [], 0
 
     def _begin(self, term: int, attempt: int, durability: Durability) -> None:
-        seen = _read_note(self._seen)
-        if term < seen.get("term", 0) or attempt <= seen.get("attempt", 0):
+        seen = _read_note(self._seen) or {"term": 0, "attempt": 0}
+        if term < seen["term"] or attempt <= seen["attempt"]:
             raise ValueError(f"attempt {seen['attempt']} of term {seen['term']} was seen before {attempt} of {term}")
-        _write_note(self._seen, term=term, attempt=attempt)
+        _write_note(self._seen, {"term": term, "attempt": attempt})
         self.close()
-        if self._new.exists():
-            shutil.rmtree(self._new)
-        self._new.mkdir(parents=True)
+        shutil.rmtree(self._new, ignore_errors=True)
+        self._new.mkdir()
         self._durability, self._is_whole = durability, False
 
     def _write(self, name: str, statements: list[Any]) -> None:
-        database = self._open.get(name) or self._make(name)
+        database = self._files.get(name) or self._make(name)
         if not database.in_transaction:
             database.execute("BEGIN IMMEDIATE")
         for statement, rows in statements:
             database.executemany(statement.replace("INSERT", "REPLACE", 1), rows)
-        self._bytes[name] += _bytes_of(statements)
+        self._bytes_in_wals += _bytes_of(statements)
 
     def _make(self, name: str) -> sqlite3.Connection:
         if self._is_whole or Path(name).name != name or not name.endswith(SUFFIX):
-            raise ValueError(f"{name!r:.80} is not a recording of this shard")
+            raise ValueError(f"{name!r:.80} is not a recording of this copy")
         with closing(sqlite3.connect(self._new / name, isolation_level=None)) as database:
             make_tables(database)
-            database.execute("REPLACE INTO newest VALUES (0, 0, 0)")
+            database.execute("INSERT INTO newest VALUES (0, 0, 0)")
             database.execute("COMMIT")
-        return self._connect(self._new / name)
+        return self._open(self._new / name)
 
-    def _connect(self, file: Path) -> sqlite3.Connection:
-        self._open[file.name] = database = sqlite3.connect(file, isolation_level=None)
-        self._bytes[file.name] = 0
+    def _open(self, file: Path) -> sqlite3.Connection:
+        self._files[file.name] = database = sqlite3.connect(file, isolation_level=None)
         set_up(database, self._durability)
         return database
 
     def _commit(self) -> bool:
-        for database in self._open.values():
-            if database.in_transaction:
-                database.execute("COMMIT")
+        for database in self._files.values():
+            database.commit()
         return True
 
-    def _become_whole(self) -> bool:
-        """Put the new copy in its place."""
-        names, old, sender = list(self._open), _beside(self._folder, "old"), self._sender
+    def _put_in_place(self) -> bool:
+        names, sender = list(self._files), self._sender
         self.close()
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(self._old, ignore_errors=True)
         if self._folder.exists():
-            self._folder.rename(old)
+            self._folder.rename(self._old)
         self._new.rename(self._folder)
-        self._sender, self._is_whole = sender, True
-        parent = os.open(self._folder.parent, os.O_RDONLY)
-        os.fsync(parent)
-        os.close(parent)
+        sync_folder(self._folder.parent)
         for name in names:
             self._locks.append(lock := WriterLock(self._folder / name))
             lock.hold()
-            self._connect(self._folder / name)
-        if old.exists():
-            shutil.rmtree(old)
+            self._open(self._folder / name)
+        self._sender, self._is_whole = sender, True
+        shutil.rmtree(self._old, ignore_errors=True)
         return True
-
-    def close(self) -> None:
-        """Close the files, and take nothing more of the present sender."""
-        self._sender = b""
-        for database in self._open.values():
-            database.close()
-        for lock in self._locks:
-            lock.release()
-        self._open, self._bytes, self._locks = {}, {}, []

@@ -143,8 +143,8 @@ class Caller:
     ) -> None:
         self._endpoint, self._keys, self._max_bytes = endpoint, keys, max_bytes
         self._notices_loss = notices_loss
-        self._awaited: list[zmq.Socket[bytes]] = []
-        """The socket and, with `notices_loss`, the one on which ZeroMQ says that its connection is lost."""
+        self._losses: zmq.Socket[bytes] | None = None
+        """Becomes readable when the connection is lost; only with `notices_loss`."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._number = 0
@@ -160,9 +160,8 @@ class Caller:
             if self._keys is not None:
                 keys = (key.encode() for key in self._keys)
                 socket.curve_serverkey, socket.curve_publickey, socket.curve_secretkey = keys
-            self._awaited = [socket]
             if self._notices_loss:
-                self._awaited.append(socket.get_monitor_socket(zmq.EVENT_DISCONNECTED))
+                self._losses = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
             socket.connect(self._endpoint)
         return self._socket
 
@@ -173,7 +172,7 @@ class Caller:
             NoAnswer: there has been no connection, or no room in its queue, within this time.
         """
         self._number += 1
-        if not self.socket.poll(round(within_s * 1000), zmq.POLLOUT):
+        if not self._is_ready(zmq.POLLOUT, within_s):
             raise NoAnswer(f"{self._endpoint} cannot be reached")
         self.socket.send(msgpack.packb([self._number, verb, *arguments]), zmq.NOBLOCK)
         return self._number
@@ -185,16 +184,20 @@ class Caller:
             Rejected: with the sentence.
             NoAnswer: the connection is lost, and `notices_loss`.
         """
-        socket, waits_ms = self.socket, max(0, round(within_s * 1000))
-        ready = [each for each, _ in zmq.zmq_poll([(each, zmq.POLLIN) for each in self._awaited], waits_ms)]
-        if socket not in ready:
-            if ready:
-                raise NoAnswer(f"the connection to {self._endpoint} is lost")
+        if not self._is_ready(zmq.POLLIN, within_s):
             return None
         number, is_granted, value = unpack(self.socket.recv_multipart())
         if not is_granted:
             raise Rejected(value)
         return number, value
+
+    def _is_ready(self, event: int, within_s: float) -> bool:
+        socket = self.socket
+        awaited = [(socket, event)] if self._losses is None else [(socket, event), (self._losses, zmq.POLLIN)]
+        ready = dict(zmq.zmq_poll(awaited, max(0, round(within_s * 1000))))
+        if ready and socket not in ready:
+            raise NoAnswer(f"the connection to {self._endpoint} is lost")
+        return bool(ready)
 
     def ask(self, verb: str, *arguments: Any, within_s: float) -> Any:
         """Send a request, and return its answer. Late answers to earlier ones are dropped.
@@ -214,10 +217,11 @@ class Caller:
     def reconnect(self) -> None:
         """Drop the connection and all that has not been sent; the next request makes another one."""
         if self._socket is not None:
-            self._socket.disable_monitor()
-            for each in self._awaited:
-                each.close()
-            self._socket = None
+            if self._losses is not None:
+                self._socket.disable_monitor()
+                self._losses.close()
+            self._socket.close()
+            self._socket = self._losses = None
 
     def close(self) -> None:
         """End."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -30,8 +29,8 @@ class Shard:
     """The number of this server among those that the shard has had on any node; 0 without a directory."""
     table: ShardTable | None = None
     """Where all shards are served. It may be replaced while the server runs, and is None where nothing is known."""
-    second_place: Callable[[Path], SecondPlace] | None = None
-    """Makes the second place of a recording; None where there is no other node."""
+    second_place: SecondPlace | None = None
+    """Where recordings are copied to; None without other nodes."""
     is_copied: bool = False
     """Whether a copy on another node has everything that is answered. It may change at any time."""
 

@@ -93,7 +93,7 @@ class Recorder:
     @property
     def has_second_place(self) -> bool:
         """Whether answers depend on a second place now."""
-        return self._writer.second_place is not None and self._writer.second_place.is_used()
+        return self._writer.second_place is not None and self._writer.second_place.is_used
 
     def put(
         self, write: Write, *, rows: int = 1, batches: int = 0, small_rows: int = 0, is_awaited: bool = True

@@ -79,17 +79,18 @@ Statement: TypeAlias = tuple[str, list[tuple[Column, ...]]]
 
 
 class SecondPlace(Protocol):
-    """Another place that has every transaction of a recording before anything is answered that rests on it.
+    """Another place that has every transaction of recordings before anything is answered that rests on it.
 
-    Its methods are called in the writer's thread, and end the recording if they raise.
+    Its methods are called in the writers' threads, and end a recording if they raise.
     """
 
+    @property
     def is_used(self) -> bool:
         """Whether answers depend on it now."""
         ...
 
-    def commit(self, statements: Sequence[Statement], here: Callable[[], object]) -> None:
-        """Commit a transaction `here` and there."""
+    def commit(self, file: Path, statements: Sequence[Statement], here: Callable[[], object]) -> None:
+        """Commit a transaction of a recording `here` and there."""
         ...
 
     def barrier(self) -> None:
@@ -460,7 +461,7 @@ class RecordingWriter:
             if self.second_place is None:
                 self._database.execute("COMMIT")
             else:
-                self.second_place.commit(self._statements, partial(self._database.execute, "COMMIT"))
+                self.second_place.commit(self.path, self._statements, partial(self._database.execute, "COMMIT"))
                 self._statements = []
             self._in_transaction = False
             self._bytes_in_wal += _PAGES_A_COMMIT * self._page_bytes

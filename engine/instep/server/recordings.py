@@ -264,8 +264,7 @@ def record(
     """Record everything that a service does from now on. Nothing here can fail."""
     durability = config.recording.durability
     service.log.info("recording", file=str(writer.path), durability=durability)
-    if shard.second_place is not None:
-        writer.second_place = shard.second_place(writer.path)
+    writer.second_place = shard.second_place
     service.recorder = recorder = _recorder(service, writer, config, loop, shutdown)
     service.recovery = recovery
     last_stream = 0 if recovery is None else recovery.last_stream
