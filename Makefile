@@ -4,6 +4,7 @@ PYTHON ?= python3
 ROUNDS ?= 200
 RESETS ?= 100
 RELOADS ?= 30
+SECONDS ?= 60
 COVERAGE ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +15,7 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test all-tests uncompiled test-long check format bench chaos clean
+.PHONY: help demo test all-tests uncompiled test-long check format bench chaos simulate clean
 
 # A hundred processes that tests start would compile all sources again where this is set.
 unexport PYTHONDONTWRITEBYTECODE
@@ -57,6 +58,9 @@ chaos: $(READY)  ## Kill the server and break connections under load; compare ou
 	$(BIN)/python -m tests.chaos --kills $(ROUNDS)
 	$(BIN)/python -m tests.chaos --resets $(RESETS)
 	$(BIN)/python -m tests.chaos --reloads $(RELOADS)
+
+simulate: $(READY)  ## Put clusters of shards through random faults in virtual time; SECONDS=600 takes longer
+	$(BIN)/python -m tests.cluster.simulation --seconds $(SECONDS)
 
 clean:  ## Remove .venv and everything made by the targets above
 	rm -rf $(VENV) demo-out examples-out test-artefacts build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,8 +1,10 @@
 """Which node serves each shard, and which node has its copy: rules without sockets, clocks or files.
 
-A shard has a server and at most one copy, on another node. The copy counts from when the directory has stored that it
-is whole until the directory has stored that it does not count any more. In between, the server answers nothing that
-its copy does not have. So either of the two nodes can continue alone, and no other node can.
+A shard has a server and at most one copy that counts, on another node. The copy counts from when the directory has
+stored that it is whole until another copy counts, or until the server has asked to continue without it and that is
+stored, too. In between, the server answers nothing that its copy does not have. So either of the two nodes can continue
+alone, and no other node can. The directory never gives up a copy that counts by itself: the server's recording may have
+lost its last moments with the power of its machine.
 
 Each method that changes something stores the change first. If that fails, nothing is changed, and the caller gets the
 exception of the store.
@@ -45,8 +47,10 @@ class Assignment(NamedTuple):
     """The node that serves the shard."""
     copy: str = ""
     """The node whose copy counts."""
+    copy_attempt: int = 0
+    """The number of the attempt that made this copy."""
     joining: str = ""
-    """The node whose copy is being made; it counts once it is whole."""
+    """The node whose copy is being made. Once it is whole, it takes the place of the copy that counts, if any."""
     attempt: int = 0
     """The number of the newest attempt to give the shard a copy."""
     target: str = ""
@@ -66,14 +70,15 @@ class ShardRole(NamedTuple):
     term: int
     is_server: bool
     other: str
-    """The node with the copy, or with the copy that is being made; empty if there is none."""
+    """The node to which a copy is being made, or else the node whose copy counts; empty if there is neither."""
     address: str
     """Where that node takes copies; empty while the directory has not heard it."""
     counts: bool
-    """Whether that copy counts."""
+    """Whether that copy counts. While another one is being made, the server keeps the one that it has."""
     ends: bool
     """Whether the server is to end in order, because its copy takes its place."""
     attempt: int
+    """The attempt that makes, or has made, that copy. A role with a lower one than before is an old role."""
     begun: bool
     """If not, this is the first server of the shard, which creates the recording. Otherwise the recording must exist:
     a node that does not have it says `gone`, and starts no server."""
@@ -219,42 +224,45 @@ class Assignments:
         if (view.term, view.server) != (term, node):
             return None
         if view.copy or view.joining or not view.begun:
-            self._change(shard, "begun", joining="", attempt=view.attempt + 1, begun=True)
+            attempt = view.attempt + 1
+            self._change(shard, "begun", joining="", attempt=attempt, copy_attempt=attempt, begun=True)
         self._gone.discard((shard, term))
         return self._server_role(shard)
 
     def attached(self, shard: int, term: int, attempt: int) -> bool:
         """Whether the copy of this attempt, which is whole, counts from now on.
 
-        If not, the server has to wait for another role; one that has not answered anything yet asks `begins` again.
+        If not, a server that has not answered anything yet asks `begins` again, and another one asks `dropped`: this
+        attempt may have counted, and the next term may have begun, before the answer was lost.
         """
         view = self.shards[shard]
-        if (view.term, view.attempt) != (term, attempt) or not (view.joining or view.copy):
-            return False
-        if view.joining:
-            self._change(shard, f"copied to {view.joining}", copy=view.joining, joining="")
-        if node := self.nodes.get(self.shards[shard].copy):
-            node.failures, node.avoid_until = 0, 0.0
-        return True
+        if view.term == term and view.joining and view.attempt == attempt:
+            view = self._change(shard, f"copied to {view.joining}", copy=view.joining, copy_attempt=attempt, joining="")
+        counts = view.term == term and bool(view.copy) and view.copy_attempt == attempt
+        if counts and view.copy in self.nodes:
+            self.nodes[view.copy].failures, self.nodes[view.copy].avoid_until = 0, 0.0
+        return counts
 
     def dropped(self, shard: int, term: int, attempt: int) -> bool:
         """Whether a server that has lost its copy of this attempt may continue without; if not, its term is over."""
         view = self.shards[shard]
         if view.term != term:
             return False
-        other = view.copy or view.joining
-        if other and view.attempt == attempt:
-            target = "" if other == view.target else view.target
-            self._change(shard, f"lost the copy on {other}", copy="", joining="", target=target)
-            if node := self.nodes.get(other):
+        is_joining = bool(view.joining) and view.attempt == attempt
+        lost = view.joining if is_joining else view.copy if view.copy_attempt == attempt else ""
+        if lost:
+            left = {"joining": ""} if is_joining else {"copy": ""}
+            target = "" if lost == view.target else view.target
+            view = self._change(shard, f"lost the copy on {lost}", target=target, **left)
+            if node := self.nodes.get(lost):
                 node.avoid_until = self._now + min(2.0**node.failures, MAX_AVOID_S)
                 node.failures += 1
-        return not self.shards[shard].copy
+        return not view.copy or (attempt == view.attempt != view.copy_attempt)
 
     def behind(self, shard: int, term: int, attempt: int) -> bool:
         """Whether the copy that counts, which has more than the server, takes its place; the server ends anyway."""
         view = self.shards[shard]
-        if (view.term, view.attempt) != (term, attempt) or not self._can_take_over(view):
+        if (view.term, view.copy_attempt) != (term, attempt) or not self._can_take_over(view):
             return False
         self._begin_term(shard, view.copy, f"taken over from {view.server}, which had less than its copy")
         return True
@@ -334,7 +342,7 @@ class Assignments:
         fit = sorted(name for name in self.nodes if self.is_alive(name) and name not in self.drained)
         steady = [name for name in fit if self.nodes[name].avoid_until <= now]
         servers = Counter(view.server for view in self.shards)
-        copies = Counter(view.copy or view.joining for view in self.shards)
+        copies = Counter(name for view in self.shards for name in (view.copy, view.joining))
         for shard, view in enumerate(self.shards):
             if view.term:
                 self._keep(shard, steady, copies)
@@ -368,8 +376,6 @@ class Assignments:
             others = [name for name in steady if name != view.server]
             if others:  # preferably one that could serve the shard
                 self._join(shard, min(others, key=lambda to: (not self._may_serve(to, view), copies[to])), copies)
-        elif not self.copies and view.copy and not view.target:
-            self._change(shard, "needs no copy", copy="", attempt=view.attempt + 1)
 
     def _balance(self, steady: list[str], servers: Counter[str], copies: Counter[str]) -> None:
         """Move one server or one copy: away from a drained node, or to a node that has at least two fewer."""
@@ -420,8 +426,8 @@ class Assignments:
 
     def _join(self, shard: int, node: str, copies: Counter[str]) -> None:
         view = self.shards[shard]
-        self._change(shard, f"is copied to {node}", copy="", joining=node, attempt=view.attempt + 1)
-        copies.update({node: 1, view.copy or view.joining: -1})
+        self._change(shard, f"is copied to {node}", joining=node, attempt=view.attempt + 1)
+        copies[node] += 1
 
     def _begin_term(self, shard: int, node: str, event: str, term: int = 0, *, begun: bool = True) -> None:
         term = term or self.shards[shard].term + 1
@@ -453,21 +459,33 @@ class Assignments:
         version, roles = self._roles
         if version != self.version:
             roles = {}
-            for role in (self._server_role(shard) for shard in range(self.count)):
-                if role.term:
-                    roles.setdefault(self.shards[role.shard].server, []).append(role)
-                if role.other:
-                    copy = role._replace(is_server=False, other="", address="", ends=False)
-                    roles.setdefault(role.other, []).append(copy)
+            for shard, view in enumerate(self.shards):
+                role = self._server_role(shard)
+                if view.term:
+                    roles.setdefault(view.server, []).append(role)
+                for other, attempt in ((view.copy, view.copy_attempt), (view.joining, view.attempt)):
+                    if other:
+                        counts = other == view.copy
+                        copy = role._replace(is_server=False, other="", address="", counts=counts, attempt=attempt)
+                        roles.setdefault(other, []).append(copy._replace(ends=False))
             self._roles = (self.version, roles)
         return roles.get(node, [])
 
     def _server_role(self, shard: int) -> ShardRole:
-        term, _, copy, joining, attempt, target, begun, *_ = self.shards[shard]
-        other = copy or joining
-        address = self.nodes[other].report.address if other in self.nodes else ""
-        ends = bool(target) and copy == target
-        return ShardRole(shard, term, True, other, address, bool(copy), ends, attempt, begun, self.needs_copy)
+        view = self.shards[shard]
+        other = view.joining or view.copy
+        return ShardRole(
+            shard=shard,
+            term=view.term,
+            is_server=True,
+            other=other,
+            address=self.nodes[other].report.address if other in self.nodes else "",
+            counts=bool(other) and not view.joining,
+            ends=bool(view.target) and view.copy == view.target,
+            attempt=view.attempt if view.joining else view.copy_attempt,
+            begun=view.begun,
+            needs_copy=self.needs_copy,
+        )
 
     def table(self) -> ShardTable:
         """Where clients find the shards; no endpoint while nobody serves one."""
