@@ -71,9 +71,8 @@ def read_client_keys(key_file: str | Path | None, server_key: str | Path | None)
         return None
     if not key_file or not server_key:
         raise InvalidInput("a client with keys has its own key_file and the server_key: give both")
-    is_file = os.path.exists(server_key) or not is_key(str(server_key))
-    server = read_public_key(Path(server_key)) if is_file else str(server_key)
-    return server, *read_key_pair(Path(key_file))
+    is_text = is_key(str(server_key)) and not os.path.exists(server_key)
+    return str(server_key) if is_text else read_public_key(Path(server_key)), *read_key_pair(Path(key_file))
 
 
 def _read_keys(path: Path) -> tuple[dict[str, str], os.stat_result]:

@@ -121,12 +121,10 @@ class Authenticator:
     # ── In the thread ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._questions, zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
+        awaited = [(socket, zmq.POLLIN) for socket in (self._questions, self._monitor)]
         with contextlib.suppress(zmq.ContextTerminated), self._questions, self._monitor:
             while True:
-                poller.poll(_LOOK_MS)
+                zmq.zmq_poll(awaited, _LOOK_MS)
                 question = self._questions.recv_multipart() if self._questions.poll(0) else None
                 # All events before the question: a connection has to be known here before it can say HELLO.
                 for _ in range(_MAX_EVENTS):

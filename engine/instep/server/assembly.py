@@ -137,8 +137,7 @@ def _frontend(
 ) -> ZmqFrontend:
     def detach(peer: Peer) -> None:
         service = peer.served.service
-        about = {"connection": peer.number, "principal": peer.principal.name}
-        about |= {"reason": peer.reason} if peer.reason else {}
+        about = {"connection": peer.number, "principal": peer.principal.name, "reason": peer.reason or None}
         log.debug("disconnected", **about, streams=int(service.engine.table.owned[peer.number]))
         service.reaper.detach(peer)
         if router.authenticator is not None:

@@ -263,8 +263,7 @@ def _secrets(config: Config) -> Iterator[Finding]:
         try:
             read()
         except InvalidInput as error:
-            for problem in str(error).splitlines():
-                yield Finding("problem", problem, "")
+            yield Finding("problem", str(error), "")
 
 
 def _memory(config: Config) -> Iterator[Finding]:
