@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -41,9 +42,9 @@ _PAGE: Final = 4096
 IfExists: TypeAlias = Literal["error", "resume", "replace"]
 _MOST_ATTEMPTS: Final = 3
 """The most attempts of `open`, because others may open and close streams of that name meanwhile."""
-_LARGEST: Final = ("_p50", "_p99", "_mean", "_s", "_busy")
-"""The ends of the names of numbers that are not added up over shards."""
-_LEAST: Final = ("ready", "recording_free_bytes")
+_LARGEST: Final = re.compile(r"_(p50|p99|mean|busy|ratio|(?<!_per_)s)$")
+"""Matches the names of quantiles, means, shares and times, of which several shards have the largest."""
+_LEAST: Final = ("ready", "exact", "recording_free_bytes")
 _MOVED_ON: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED, Code.IDLE, Code.FENCED, Code.STATE_LOST})
 
 
@@ -707,11 +708,11 @@ class AsyncClient:
         wait that long here, which the server's times do not show.
 
         For the shards of a cluster, counters, rates and numbers of things are added up. Of quantiles, means, times and
-        shares the largest is given, and the smallest of `ready` and `recording_free_bytes`.
+        shares the largest is given, and the smallest of `ready`, `exact` and `recording_free_bytes`.
         """
         numbers: dict[str, float] = {}
         for shard in await self._ask_all(Session.statistics):
             for name, value in shard.items():
-                among = min if name in _LEAST else max if name.endswith(_LARGEST) else add
+                among = min if name in _LEAST else max if _LARGEST.search(name) else add
                 numbers[name] = among(numbers[name], value) if name in numbers else value
         return numbers | {"loop_lag_s": self._links.first.driver.loop_lag_s}

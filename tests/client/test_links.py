@@ -158,6 +158,20 @@ async def test_all_shards_are_asked_about_the_server(client: AsyncClient) -> Non
     assert (client.info.shard, client.info.shards) == (1, 3)
 
 
+async def test_numbers_of_shards_are_added_up_or_the_largest_or_the_smallest() -> None:
+    most = ("latency_us_p99", "recent_batch_size_mean", "uptime_s", "recent_loop_busy", "step_time_ratio")
+    sums = ("frames_total", "loop_busy_s_total", "recent_frames_per_s", "recording_bytes", "streams_parked")
+    least = ("ready", "exact", "recording_free_bytes")
+    with fake_shards((0, 0), (1, 0)) as (first, other):
+        for server, number in ((first, 3.0), (other, 4.0)):
+            server.rules.numbers = dict.fromkeys((*most, *sums, *least), number)
+        other.rules.numbers["only_here_total"] = 1.0
+        async with AsyncClient(other.endpoint) as client:
+            numbers = await client.stats()
+    for names, value in ((most, 4), (sums, 7), (least, 3), (("only_here_total",), 1)):
+        assert [numbers[name] for name in names] == [value] * len(names)
+
+
 async def test_threads_use_groups_over_shards() -> None:
     async with shards(3) as servers:
 

@@ -174,6 +174,8 @@ class FakeRules:
         self.draining = False
         self.ready = 1.0
         """What STATS says of it."""
+        self.numbers: dict[str, float] = {}
+        """More of what STATS says."""
         self.table: list[tuple[int, str]] = []
         """The term and endpoint of each shard, for SHARDS."""
         self.boots = 0
@@ -482,6 +484,7 @@ class FakeRules:
 
     def _stats(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
         values = {"ready": self.ready, "streams_open": float(len(self.streams)), "blocks": len(self.blocks)}
+        values |= self.numbers
         return [pack(Kind.STATISTICS, header[1], list(values.items()))]
 
     def _models(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
