@@ -6,10 +6,11 @@ import asyncio
 import json
 import re
 import signal
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import closing, suppress
 from html import escape
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, TypeAlias
 
 import structlog
 from starlette.applications import Starlette
@@ -44,12 +45,16 @@ _PAGE: Final = """<!doctype html>
 """
 
 
-async def serve_admin(config: HttpConfig, paths: Sequence[str], log: structlog.stdlib.BoundLogger) -> int:
+Numbers: TypeAlias = Callable[[], Collection[int]]
+
+
+async def serve_admin(config: HttpConfig, numbers: Numbers, sockets: Path, log: structlog.stdlib.BoundLogger) -> int:
     """Answer requests until SIGTERM or SIGINT; SIGHUP reads the tokens again.
 
     Args:
         config: the endpoint and the file of tokens.
-        paths: the Unix socket of each shard.
+        numbers: gives the numbers of the shards to be shown.
+        sockets: the folder with the Unix socket of each shard, named by its number.
         log: the log of all.
 
     Returns:
@@ -63,7 +68,7 @@ async def serve_admin(config: HttpConfig, paths: Sequence[str], log: structlog.s
         if (listener := bind(config, log)) is None:
             return 0
         host, url = address(listener)
-        guard = Guard(make_app(paths, log), read_tokens(config), is_loopback_host(host))
+        guard = Guard(make_app(numbers, sockets, log), read_tokens(config), is_loopback_host(host))
     except (CannotListen, InvalidInput) as error:
         raise CannotServe(str(error)) from None
     server = make_server(guard)
@@ -89,23 +94,36 @@ async def serve_admin(config: HttpConfig, paths: Sequence[str], log: structlog.s
     return 0
 
 
-def make_app(paths: Sequence[str], log: structlog.stdlib.BoundLogger) -> ASGIApp:
+def make_app(numbers: Numbers, sockets: Path, log: structlog.stdlib.BoundLogger) -> ASGIApp:
     """The application for every path, of all shards and, at `/shards/K/`, of each."""
 
+    async def ask_all(target: str) -> list[tuple[int, int, bytes]]:
+        """The number of each shard, its status and its body; 0 and {} if it does not answer."""
+
+        async def ask(number: int) -> tuple[int, int, bytes]:
+            with suppress(OSError, EOFError):
+                async with asyncio.timeout(_ANSWER_S):
+                    answer = _ask(sockets / str(number), target.encode())
+                    (status, headers), *parts = [part async for part in answer]
+                    if len(body := b"".join(parts)) == int(headers["content-length"]):
+                        return number, status, body
+            return number, 0, b"{}"
+
+        return await asyncio.gather(*map(ask, numbers()))
+
     async def health(request: Request) -> Response:
-        answers = await _ask_all(paths, request.url.path)
+        answers = await ask_all(request.url.path)
         problems = [
             f"shard {number}: {json.loads(body)['error']['message'] if status else _SILENT}"
-            for number, (status, body) in enumerate(answers)
+            for number, status, body in answers
             if status != 200
         ]
         if problems:
             raise HttpError(503, "NOT_READY", "; ".join(problems))
-        return json_answer({"shards": [json.loads(body) for _, body in answers]})
+        return json_answer({"shards": [{"shard": number} | json.loads(body) for number, _, body in answers]})
 
     async def all_stats() -> list[dict[str, Any]]:
-        answers = await _ask_all(paths, "/api/stats")
-        return [{"shard": number, "ready": False} | json.loads(body) for number, (_, body) in enumerate(answers)]
+        return [{"shard": each, "ready": False} | json.loads(body) for each, _, body in await ask_all("/api/stats")]
 
     async def stats(request: Request) -> Response:
         return json_answer({"shards": await all_stats()})
@@ -115,7 +133,7 @@ def make_app(paths: Sequence[str], log: structlog.stdlib.BoundLogger) -> ASGIApp
 
     async def metrics(request: Request) -> Response:
         families: dict[bytes, bytes] = {}
-        for number, (status, body) in enumerate(await _ask_all(paths, "/metrics")):
+        for number, status, body in await ask_all("/metrics"):
             for head, samples in _FAMILY.findall(_UP % bool(status) + body):
                 labelled = re.sub(rb"(?m)^(\w+)\{", rb'\1{shard="%d",' % number, samples)
                 labelled = re.sub(rb"(?m)^(\w+) ", rb'\1{shard="%d"} ' % number, labelled)
@@ -124,10 +142,10 @@ def make_app(paths: Sequence[str], log: structlog.stdlib.BoundLogger) -> ASGIApp
 
     async def of_one(request: Request) -> Response:
         number, scope = request.path_params["shard"], request.scope
-        if number >= len(paths):
-            raise HttpError(404, "NOT_FOUND", f"there is no shard {number}: there are 0 to {len(paths) - 1}")
+        if number not in numbers():
+            raise HttpError(404, "NOT_FOUND", f"there is no shard {number} here: / lists all")
         target = b"/" + scope["raw_path"].split(b"/", 3)[3] + b"?" + scope["query_string"]
-        answer = _ask(paths[number], target, request.method, request.headers.get("last-event-id", ""))
+        answer = _ask(sockets / str(number), target, request.method, request.headers.get("last-event-id", ""))
         try:
             async with asyncio.timeout(_ANSWER_S):
                 status, headers = await anext(answer)
@@ -147,21 +165,7 @@ def make_app(paths: Sequence[str], log: structlog.stdlib.BoundLogger) -> ASGIApp
     return Starlette(routes=routes, exception_handlers=error_handlers(there, log))
 
 
-async def _ask_all(paths: Sequence[str], target: str) -> list[tuple[int, bytes]]:
-    """The status and the body from each shard; 0 and {} if it does not answer."""
-
-    async def ask(path: str) -> tuple[int, bytes]:
-        with suppress(OSError, EOFError):
-            async with asyncio.timeout(_ANSWER_S):
-                (status, headers), *parts = [part async for part in _ask(path, target.encode())]
-                if len(body := b"".join(parts)) == int(headers["content-length"]):
-                    return status, body
-        return 0, b"{}"
-
-    return await asyncio.gather(*map(ask, paths))
-
-
-async def _ask(path: str, target: bytes, method: str = "GET", last_event: str = "") -> AsyncGenerator[Any]:
+async def _ask(path: Path, target: bytes, method: str = "GET", last_event: str = "") -> AsyncGenerator[Any]:
     """Yield the status and the headers of an answer, and then its body in parts.
 
     Raises:

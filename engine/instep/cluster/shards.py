@@ -14,6 +14,7 @@ import numpy as np
 import structlog
 
 from instep.config import Config
+from instep.frontends.http.security import UNIX
 from instep.frontends.shards import Shard, for_table
 from instep.recording.database import SUFFIX
 from instep.runtime.executor import usable_cores
@@ -24,13 +25,19 @@ from instep_client.protocol.wire import ShardTable
 _LAST_PORT: Final = 65_535
 
 
-def config_of_shard(config: Config, number: int) -> Config:
-    """The configuration of one of several servers under one command: port + number, and a folder for recordings."""
-    endpoint, file = config.transport.endpoint, config.recording.file
+def config_of_shard(config: Config, number: int, admin: Path | None = None) -> Config:
+    """The configuration of one of several servers under one command: port + number, and a folder for recordings.
+
+    Its admin server, if there is to be one, is at a Unix socket in the folder `admin`.
+    """
+    endpoint, file, http = config.transport.endpoint, config.recording.file, config.http
     place, _, port = endpoint.rpartition(":")
     own = f"{endpoint}.{number}" if endpoint.startswith("ipc:") else f"{place}:{int(port) + number}"
+    if admin is not None and http.endpoint is not None:
+        http = http.model_copy(update={"endpoint": f"{UNIX}{admin / str(number)}", "token_file": None})
     return config.model_copy(
         update={
+            "http": http,
             "transport": config.transport.model_copy(update={"endpoint": own}),
             "recording": config.recording.model_copy(update={"file": file and file / f"shard-{number}"}),
         }
@@ -114,7 +121,6 @@ def run(config: Config, shards: int, *, reread: Callable[[], Config], steps_apar
         SystemExit: in the parent of the children, with 0 if all ended with 0.
     """
     from instep.cluster.admin import serve_admin
-    from instep.frontends.http.admin import UNIX
     from instep.server.serve import Kept, launching, serve_one
     from instep.server.supervisor import Child, supervise
 
@@ -133,20 +139,18 @@ def run(config: Config, shards: int, *, reread: Callable[[], Config], steps_apar
         except SystemExit:
             shutil.rmtree(sockets, ignore_errors=True)
             raise
-        paths = [str(sockets / str(number)) for number in range(shards)]
         if child.is_helper:
-            return asyncio.run(serve_admin(config.http, paths, launch.log))
-
-        def own(config: Config) -> Config:
-            http = config.http
-            if http.endpoint is not None:
-                http = http.model_copy(update={"endpoint": UNIX + paths[child.number], "token_file": None})
-            return config_of_shard(config, child.number).model_copy(update={"http": http})
-
-        shard = Shard(child.number, shards, table=table)
-        launch = replace(launch, config=own(config), log=child.log, reread=lambda: own(reread()), shard=shard)
+            return asyncio.run(serve_admin(config.http, lambda: range(shards), sockets, launch.log))
+        launch = replace(
+            launch,
+            config=config_of_shard(config, child.number, sockets),
+            log=child.log,
+            reread=lambda: config_of_shard(reread(), child.number, sockets),
+            shard=Shard(child.number, shards, table=table),
+            steps_apart=steps_apart,
+        )
         try:
-            return serve_one(replace(launch, steps_apart=steps_apart), kept[child.number], is_again=bool(child.deaths))
+            return serve_one(launch, kept[child.number], is_again=bool(child.deaths))
         except CannotServe as error:
             raise CannotServe(f"shard {child.number}: {error}") from None
 

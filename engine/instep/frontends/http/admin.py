@@ -22,12 +22,10 @@ from instep.frontends.http import Subject
 from instep.frontends.http.app import make_app
 from instep.frontends.http.events import Events
 from instep.frontends.http.metrics import exposition
-from instep.frontends.http.security import DEFAULT, KEPT_FOR_HEALTH, MOST_REQUESTS, Guard, cannot_listen
+from instep.frontends.http.security import DEFAULT, KEPT_FOR_HEALTH, MOST_REQUESTS, UNIX, Guard, cannot_listen
 from instep.frontends.http.status import ServerStatus
 from instep.frontends.http.streams import Inspector
 
-UNIX: Final = "unix:"
-"""The beginning of an endpoint that is the path of a Unix socket, which only the servers of one command have."""
 MOST_CONNECTIONS: Final = MOST_REQUESTS + KEPT_FOR_HEALTH
 MOST_HEAD_BYTES: Final = 16_384
 """The size limit of a request's line and headers while they are incomplete."""

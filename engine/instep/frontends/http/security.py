@@ -22,6 +22,8 @@ from instep_client.key_files import read_text
 from instep_client.protocol.errors import InvalidInput
 
 DEFAULT: Final = HttpConfig().endpoint
+UNIX: Final = "unix:"
+"""The beginning of an endpoint that is the path of a Unix socket, which only the servers of one command have."""
 _METHODS: Final = ("GET", "HEAD")
 HEALTH: Final = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 """Paths that need no token: whatever looks after processes has none."""
