@@ -30,8 +30,8 @@ class ShardMap:
                 "make another client"
             )
 
-    def take(self, table: ShardTable, asked: str = "") -> list[int]:
-        """Learn a table; return the shards whose server is another one now, so that a client must leave the former.
+    def take(self, table: ShardTable, asked: str = "") -> None:
+        """Learn a table, except what it says of shards whose term in it is lower.
 
         Args:
             table: from any server of the cluster, perhaps an old one.
@@ -43,7 +43,6 @@ class ShardMap:
         """
         self.check_count(len(table.endpoints))
         host = asked.removeprefix("tcp://").rpartition(":")[0] if asked.startswith("tcp://") else "127.0.0.1"
-        moved = []
         for shard, (term, endpoint) in enumerate(zip(table.terms.tolist(), table.endpoints, strict=True)):
             if term < self.terms[shard]:
                 continue
@@ -54,8 +53,6 @@ class ShardMap:
                 except InvalidInput as error:
                     raise MalformedMessage(f"the table of shards is not valid: {error}") from None
                 self.terms[shard] = term
-                moved.append(shard)
-        return moved
 
     def stays(self, shard: int, term: int, endpoint: str) -> bool:
         """Learn which server answered at an endpoint; return whether a client may stay with it."""

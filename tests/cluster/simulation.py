@@ -715,9 +715,9 @@ class Server(Process):
 class Follower(ShardMap):
     """A client's map without rule 10."""
 
-    def take(self, table: ShardTable, asked: str = "") -> list[int]:
+    def take(self, table: ShardTable, asked: str = "") -> None:
         self.terms = [0] * len(self)
-        return super().take(table, asked)
+        super().take(table, asked)
 
     def stays(self, shard: int, term: int, endpoint: str) -> bool:
         return True
