@@ -64,6 +64,7 @@ ANSWERS = {
     Kind.STATE_READ: 4,
     Kind.CHANGED: 4,
     Kind.SERVED: 3,
+    Kind.SHARDED: 3,
 }
 """What a healthy server says beside STEPPED, and how many elements its header has."""
 WITH_FAILURES = (Kind.OPENED, Kind.RESUMED, Kind.STEPPED, Kind.CLOSED, Kind.STATE_READ, Kind.CHANGED)
