@@ -108,8 +108,13 @@ def test_a_killed_shard_comes_back_with_its_streams_and_signals_and_numbers_are_
             np.testing.assert_array_equal(np.concatenate(outputs), whole(SMALL, x)[0])
         assert [cluster.process(shard).pid == pid for shard, pid in enumerate(pids)] == [True, False]
         check_admin(cluster)
+        (tmp_path / "tokens").write_text(f"one: {TOKEN[::-1]}\n")
         cluster.served.process.send_signal(signal.SIGHUP)
         assert {cluster.served.until("reloaded")["shard"] for _ in range(2)} == {0, 1}
+        if not any(line["event"] == "tokens reloaded" for line in cluster.served.lines):
+            cluster.served.until("tokens reloaded")
+        assert cluster.http.get("/").status_code == 401
+        assert cluster.http.get("/", headers={"authorization": f"Bearer {TOKEN[::-1]}"}).status_code == 200
         cluster.served.process.terminate()
         lines = [(line["event"], line.get("shard")) for line in cluster.served.end()]
     assert sorted(lines) == [("stopped", 0), ("stopped", 1), ("stopping", 0), ("stopping", 1)]
