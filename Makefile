@@ -62,6 +62,11 @@ chaos: $(READY)  ## Kill the server and break connections under load; compare ou
 simulate: $(READY)  ## Put clusters of shards through random faults in virtual time; SECONDS=600 takes longer
 	$(BIN)/python -m tests.cluster.simulation --seconds $(SECONDS)
 
+cluster-chaos: ROUNDS = 50
+cluster-chaos: SEED = 1
+cluster-chaos: $(READY)  ## Kill, freeze and move the nodes of a cluster under load; compare outputs, show interruptions
+	$(BIN)/python -m tests.cluster --rounds $(ROUNDS) --seed $(SEED)
+
 clean:  ## Remove .venv and everything made by the targets above
 	rm -rf $(VENV) demo-out examples-out test-artefacts build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find benchmarks clients engine examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from instep import interrupts
-from instep.cluster.app import DIRECTORY_ENDPOINT
+from instep.cluster.app import DIRECTORY_ENDPOINT, DirectoryAt
 from instep.cluster.app import app as cluster_app
 from instep.model_app import app as model_app
 from instep.replay.app import recordings as recordings_app
@@ -234,6 +234,37 @@ def directory(
     loaded = load_config(config, {"transport.endpoint": endpoint, **_parse_settings(settings)})
     with _logged(loaded.log):
         raise typer.Exit(run(loaded, store, shards, copies, [name for name in adopt.split(",") if name]))
+
+
+@cluster_app.command(
+    examples=[
+        "instep cluster agent my-model --record data --endpoint tcp://10.0.0.2:5757",
+    ]
+)
+@takes_settings
+def agent(
+    given: Given,
+    *,
+    directory: DirectoryAt = DIRECTORY_ENDPOINT,
+    name: Annotated[str, typer.Option(metavar="NODE", help="The node's name. Default: that of this machine.")] = "",
+    host: Annotated[str, typer.Option(metavar="HOST", help="Where others reach it. Default: as in --endpoint.")] = "",
+) -> None:
+    """Run the agent of a node: it starts the servers and copies that the directory wants here.
+
+    Takes the options of `instep serve`. Shard k listens at the port of --endpoint + k, and takes copies at that port +
+    the number of shards. Ctrl-C and SIGTERM end its servers in order; SIGHUP reloads their configuration. Exit status
+    0: it was stopped. 1: a shard failed again and again. 2: it could not start.
+    """
+    from instep.config import load_config
+
+    def read() -> Config:
+        return load_config(given.file, given.flags)
+
+    loaded = read()
+    with _logged(loaded.log):
+        from instep.cluster.agent import run
+
+        raise typer.Exit(run(loaded, read, directory, name, host))
 
 
 @app.command(

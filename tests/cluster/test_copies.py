@@ -135,7 +135,7 @@ class Kit:
             "one",
             self.one,
             self.directory,
-            lambda role: Caller(role.address, notices_loss=True),
+            lambda role: Caller(role.address),
             "commit",
             log_into(self.lines),
             timeout_s,

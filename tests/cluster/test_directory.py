@@ -138,6 +138,7 @@ def test_what_cannot_be_stored_is_not_decided(tmp_path: Path) -> None:
                 (tmp_path / f"shard-{shard}.new").mkdir()
                 undo.callback((tmp_path / f"shard-{shard}.new").rmdir)
             shard = next(role.shard for role in nodes.roles["a"].values() if role.is_server)
+            time.sleep(1.0)  # servers are answered once nodes have had time to be heard
             with pytest.raises(Rejected):
                 nodes.caller("a").ask("begins", shard, 1, "a", within_s=WITHIN_S)
             assert json.loads(command(directory, "status", "--json").stdout)["problem"]

@@ -29,6 +29,8 @@ TICK_S: Final = 0.1
 _BY_SERVERS: Final = ("begins", "attached", "dropped", "behind")
 _BY_OPERATORS: Final = ("move", "drain", "undrain", "accept_loss")
 _ASK_WITHIN_S: Final = 2.0
+_SETTLES_S: Final = 1.0
+"""After a start, agents say within this time where their nodes are."""
 
 
 class Store:
@@ -88,6 +90,7 @@ class Directory:
         self._run_id = secrets.token_hex(4)
         self._agents: dict[str, bytes] = {}
         """The connection of each node's agent."""
+        self._hears_from = time.monotonic() + _SETTLES_S
         self._told = ""
         self._reported = ""
         self._ends = False
@@ -155,6 +158,8 @@ class Directory:
         if verb == "shards":
             return self._rules.count
         if verb in _BY_SERVERS:
+            if time.monotonic() < self._hears_from:
+                raise ClusterRefused("TOO_EARLY", "the directory has just started, and has not heard all nodes")
             shard = arguments[0]
             if request.principal not in ("", self._rules.shards[shard].server):
                 return None if verb == "begins" else False

@@ -135,23 +135,17 @@ class Caller:
         endpoint: `tcp://HOST:PORT` or `ipc://PATH`.
         keys: the listener's public key, and the caller's own; None without keys.
         max_bytes: the longest message that is taken.
-        notices_loss: whether nothing is waited for any more once the connection is lost.
     """
 
-    def __init__(
-        self, endpoint: str, keys: ClientKeys | None = None, max_bytes: int = 2**24, *, notices_loss: bool = False
-    ) -> None:
+    def __init__(self, endpoint: str, keys: ClientKeys | None = None, max_bytes: int = 2**24) -> None:
         self._endpoint, self._keys, self._max_bytes = endpoint, keys, max_bytes
-        self._notices_loss = notices_loss
-        self._losses: zmq.Socket[bytes] | None = None
-        """Becomes readable when the connection is lost; only with `notices_loss`."""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._number = 0
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
-        """The socket, to be polled; another one after `reconnect`."""
+        """The socket; another one after a connection was lost."""
         if self._socket is None:
             self._socket = socket = self._context.socket(zmq.DEALER)
             for option, value in _OPTIONS.items():
@@ -160,9 +154,12 @@ class Caller:
             if self._keys is not None:
                 keys = (key.encode() for key in self._keys)
                 socket.curve_serverkey, socket.curve_publickey, socket.curve_secretkey = keys
-            if self._notices_loss:
-                self._losses = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            socket.connect(self._endpoint)
+            self._losses = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            try:
+                socket.connect(self._endpoint)
+            except zmq.ZMQError as error:
+                self._reconnect()
+                raise NoAnswer(f"{self._endpoint!r} cannot be reached: {error}") from None
         return self._socket
 
     def send(self, verb: str, *arguments: Any, within_s: float = 0.0) -> int:
@@ -177,27 +174,28 @@ class Caller:
         self.socket.send(msgpack.packb([self._number, verb, *arguments]), zmq.NOBLOCK)
         return self._number
 
-    def receive(self, within_s: float) -> tuple[int, Any] | None:
-        """The number and value of the next answer; None if none has come within this time.
+    def receive(self, within_s: float, *others: Any) -> tuple[int, Any] | None:
+        """The number and value of the next answer; None if none has come within this time, or one of `others` is ready.
 
         Raises:
+            NoAnswer: the connection is lost; requests without an answer may have arrived or not.
             Rejected: with the sentence.
-            NoAnswer: the connection is lost, and `notices_loss`.
         """
-        if not self._is_ready(zmq.POLLIN, within_s):
+        if not self._is_ready(zmq.POLLIN, within_s, *others):
             return None
         number, is_granted, value = unpack(self.socket.recv_multipart())
         if not is_granted:
             raise Rejected(value)
         return number, value
 
-    def _is_ready(self, event: int, within_s: float) -> bool:
+    def _is_ready(self, event: int, within_s: float, *others: Any) -> bool:
         socket = self.socket
-        awaited = [(socket, event)] if self._losses is None else [(socket, event), (self._losses, zmq.POLLIN)]
-        ready = dict(zmq.zmq_poll(awaited, max(0, round(within_s * 1000))))
-        if ready and socket not in ready:
+        awaited = [(socket, event), *((each, zmq.POLLIN) for each in (self._losses, *others))]
+        ready = [each for each, _ in zmq.zmq_poll(awaited, max(0, round(within_s * 1000)))]
+        if socket not in ready and self._losses in ready:
+            self._reconnect()
             raise NoAnswer(f"the connection to {self._endpoint} is lost")
-        return bool(ready)
+        return socket in ready
 
     def ask(self, verb: str, *arguments: Any, within_s: float) -> Any:
         """Send a request, and return its answer. Late answers to earlier ones are dropped.
@@ -211,21 +209,19 @@ class Caller:
         while (answer := self.receive(until_s - time.monotonic())) is not None:
             if answer[0] == number:
                 return answer[1]
-        self.reconnect()
+        self._reconnect()
         raise NoAnswer(f"{self._endpoint} has not answered within {within_s:g} s")
 
-    def reconnect(self) -> None:
-        """Drop the connection and all that has not been sent; the next request makes another one."""
+    def _reconnect(self) -> None:
         if self._socket is not None:
-            if self._losses is not None:
-                self._socket.disable_monitor()
-                self._losses.close()
+            self._socket.disable_monitor()
+            self._losses.close()
             self._socket.close()
-            self._socket = self._losses = None
+            self._socket = None
 
     def close(self) -> None:
         """End."""
-        self.reconnect()
+        self._reconnect()
         self._context.term()
 
 

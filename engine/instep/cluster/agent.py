@@ -1,0 +1,445 @@
+"""The agent of a node: it has the models in memory, and forks what the directory wants the node to be.
+
+That is a server or a process with a copy for each shard, and a process that talks to the directory. The agent itself
+has no threads and no sockets of ZeroMQ, because it forks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Final
+
+import msgpack
+import numpy as np
+
+from instep.cluster.copies import MAX_MESSAGE_BYTES, CopiedShard, hold_copy, positions, settle
+from instep.cluster.directory import DirectoryClient
+from instep.cluster.rules import ClusterRefused, NodeReport, ShardRole
+from instep.cluster.shards import config_of_shard, findings
+from instep.cluster.talk import Caller, NoAnswer, Rejected, keys_for
+from instep.config import Config
+from instep.frontends import CannotListen
+from instep.frontends.shards import Shard
+from instep.interrupts import end_with_parent, signal_name
+from instep.recording.errors import RecordingError
+from instep.security.keys import ServerKeys
+from instep.server.checks import CannotServe
+from instep.server.log import make_log
+from instep.server.recording_files import SHARDS_FILE
+from instep.server.serve import Kept, Launch, ServiceManager, launching, serve_one
+from instep.server.supervisor import MOST_RESTARTS, WITHIN_S
+from instep_client.protocol.errors import InvalidInput
+from instep_client.protocol.wire import ShardTable
+
+HEARD_EVERY_S: Final = 0.3
+DIRECTORY: Final = "directory"
+"""The directory's name in the files of peers."""
+_VERSION: Final = 1
+"""Of the messages between nodes."""
+_LOOK_EVERY_S: Final = 0.1
+_MOST_BYTES: Final = 2**21
+_TALKS: Final = ShardRole(-1, 0, False, "", "", False, False, 0, False, False)
+"""The process that talks to the directory has this one."""
+
+
+class _Forked(BaseException):
+    """Leaves the agent's loop in a process that was forked."""
+
+    def __init__(self, task: Callable[[], int]) -> None:
+        self.task = task
+
+
+@dataclass(slots=True, eq=False)
+class NodeProcess:
+    """A process that an agent has forked, and the agent's end of a pipe to it."""
+
+    pid: int
+    pipe: socket.socket
+    role: ShardRole
+    endpoint: str = ""
+    was_told_to_end: bool = False
+
+    def tell(self, message: Any) -> None:
+        """Send a message; one that has no room is dropped."""
+        with suppress(OSError):
+            self.pipe.send(msgpack.packb(message), socket.MSG_DONTWAIT)
+
+    def messages(self) -> list[Any]:
+        """All that it has sent."""
+        return received(self.pipe)
+
+
+def received(pipe: socket.socket) -> list[Any]:
+    """The messages that have arrived; none if the other end is closed."""
+    found = []
+    with suppress(OSError):
+        while message := pipe.recv(_MOST_BYTES, socket.MSG_DONTWAIT):
+            found.append(msgpack.unpackb(message))
+    return found
+
+
+class Agent:
+    """Does what the directory wants of this node.
+
+    Args:
+        launch: the models and the configuration. Shard k is served at the port of `transport.endpoint` + k, and takes
+            copies at that port + the number of shards; `recording.file` is a folder.
+        shards: how many the cluster has.
+        name: the node's name.
+        host: where others reach the node.
+        directory: the directory's endpoint.
+    """
+
+    def __init__(self, launch: Launch, shards: int, name: str, host: str, directory: str) -> None:
+        assert launch.config.recording.file is not None
+        self._launch, self._shards, self._name, self._host, self._directory = launch, shards, name, host, directory
+        self._log = launch.log
+        self._folder = launch.config.recording.file
+        self._port = int(launch.config.transport.endpoint.rpartition(":")[2])
+        self._processes: dict[int, NodeProcess] = {}
+        self._roles: dict[int, ShardRole] = {}
+        self._told = ""
+        """The version of the roles."""
+        self._table: list[Any] = [[], []]
+        self._has: dict[int, tuple[int, int]] = {}
+        self._ended: set[tuple[int, int]] = set()
+        """Shards and terms whose servers have ended in order; said until they are served elsewhere."""
+        self._deaths: dict[tuple[int, int], deque[float]] = {}
+        self._kept: dict[int, Kept] = {}
+        self._refusal = ""
+        self._stops = 0
+
+    def run(self) -> int:
+        """Take part until SIGTERM or SIGINT.
+
+        Returns:
+            The exit status; in a process that was forked, that of its task.
+
+        Raises:
+            ClusterRefused: the directory does not let the node take part.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        signal.signal(signal.SIGHUP, self._reload)
+        try:
+            return self._loop()
+        except _Forked as forked:
+            task = forked.task
+        try:
+            return task()
+        except (CannotServe, CannotListen, InvalidInput, RecordingError) as error:
+            self._log.error("failed", reasons=str(error).splitlines())
+            return 2
+        except Exception as error:
+            self._log.error("bug in a process of the node", exc_info=error)
+            return 1
+
+    def _loop(self) -> int:
+        say_at = 0.0
+        self._relay = self._fork(_TALKS, self._talk)
+        self._has = self._find_recordings()
+        while not self._stops:
+            wait([each.pipe for each in (self._relay, *self._processes.values())], _LOOK_EVERY_S)
+            has_changed = self._bury() | self._hear_processes() | self._hear_directory() | self._follow()
+            if self._refusal and not self._told:
+                raise ClusterRefused("REFUSED", self._refusal)
+            if has_changed or time.monotonic() > say_at:
+                say_at = time.monotonic() + HEARD_EVERY_S
+                self._say()
+        return self._end()
+
+    def _say(self) -> None:
+        models = sorted(each.model.name for each in self._launch.prepared)
+        numerics = {each.arithmetic for each in self._launch.prepared}
+        about = NodeReport(
+            self._name,
+            f"{self._host}:{self._port}",
+            f"version {_VERSION} of messages and the models {', '.join(models)}",
+            ", ".join(sorted(numerics)),
+        )
+        has = [(shard, *found) for shard, found in self._has.items()]
+        news = {
+            "serves": [(k, each.role.term, each.endpoint) for k, each in self._processes.items() if each.endpoint],
+            "ended": sorted(self._ended),
+            "gone": [(role.shard, role.term) for role in self._roles.values() if self._is_gone(role)],
+        }
+        self._relay.tell(["heard", [*about[:-1], has], news, self._told])
+
+    def _hear_directory(self) -> bool:
+        has_changed = False
+        for is_granted, value in self._relay.messages():
+            if is_granted and value is not None:
+                has_changed = True
+                self._told, roles, *self._table = value
+                self._roles = {role.shard: role for role in (ShardRole(*each) for each in roles)}
+                for process in self._processes.values():
+                    self._tell_role(process)
+            refusal = "" if is_granted else value
+            if refusal != self._refusal and refusal:
+                self._log.error("refused by the directory", reason=refusal)
+            self._refusal = refusal
+        return has_changed
+
+    def _hear_processes(self) -> bool:
+        has_changed = False
+        for process in self._processes.values():
+            for endpoint in process.messages():
+                has_changed, process.endpoint = True, endpoint
+                self._has = self._find_recordings()
+                self._tell_role(process)
+        return has_changed
+
+    def _tell_role(self, process: NodeProcess) -> None:
+        if process.role.is_server and (role := self._roles.get(process.role.shard)) is not None:
+            process.tell([role, *self._table])
+
+    # What becomes of processes.
+
+    def _follow(self) -> bool:
+        """Kill what is not wanted any more, and fork what is."""
+        before = {each.pid for each in self._processes.values()}
+        for shard, process in list(self._processes.items()):
+            wanted = self._roles.get(shard)
+            if wanted is None or wanted[:3] != process.role[:3]:
+                self._kill(shard)
+        for shard, role in self._roles.items():
+            of = shard, role.term
+            if shard in self._processes:
+                process = self._processes[shard]
+                if role.ends and process.endpoint and not process.was_told_to_end:
+                    process.was_told_to_end = True
+                    os.kill(process.pid, signal.SIGTERM)
+            elif not (of in self._ended and role.ends) and not self._is_gone(role) and self._may_begin(of):
+                self._ended.discard(of)
+                self._processes[shard] = self._fork(role, self._serve if role.is_server else self._hold)
+        self._ended = {of for of in self._ended if of[0] in self._roles}
+        return before != {each.pid for each in self._processes.values()}
+
+    def _is_gone(self, role: ShardRole) -> bool:
+        """Whether a server could not begin, because its recording is not there."""
+        return role.is_server and role.begun and role.shard not in (*self._has, *self._processes)
+
+    def _may_begin(self, of: tuple[int, int]) -> bool:
+        """Whether a process that has died may be started again now, which is later with each death."""
+        deaths = self._deaths.get(of)
+        if deaths is None or len(deaths) < 2:
+            return True
+        return len(deaths) <= MOST_RESTARTS and time.monotonic() > deaths[-1] + len(deaths) / 2
+
+    def _fork(self, role: ShardRole, run: Callable[..., int]) -> NodeProcess:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for each in (ours, theirs):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MOST_BYTES)
+        agent = os.getpid()
+        if pid := os.fork():
+            theirs.close()
+            return NodeProcess(pid, ours, role)
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        end_with_parent(agent, signal.SIGKILL)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        ours.close()
+        raise _Forked(lambda: run(role, theirs))
+
+    def _kill(self, shard: int) -> None:
+        process = self._processes.pop(shard)
+        process.pipe.close()
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitpid(process.pid, 0)
+        self._has = self._find_recordings()
+
+    def _bury(self) -> bool:
+        """Forget the processes that have ended."""
+        has_changed = False
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # as PID 1, also of those whose parents have died
+                has_changed |= self._forget(*ended)
+        return has_changed
+
+    def _forget(self, pid: int, status: int) -> bool:
+        if self._relay.pid == pid:
+            self._relay.pipe.close()
+            self._relay = self._fork(_TALKS, self._talk)
+            return True
+        for shard, process in self._processes.items():
+            if process.pid == pid:
+                del self._processes[shard]
+                process.pipe.close()
+                self._has = self._find_recordings()
+                self._note_end(process, status)
+                return True
+        return False
+
+    def _note_end(self, process: NodeProcess, status: int) -> None:
+        of = process.role.shard, process.role.term
+        if status == 0 and process.was_told_to_end:
+            self._ended.add(of)
+            return
+        self._deaths = {each: deaths for each, deaths in self._deaths.items() if each[0] != of[0] or each == of}
+        deaths = self._deaths.setdefault(of, deque(maxlen=MOST_RESTARTS + 1))
+        deaths.append(time.monotonic())
+        while deaths[0] < deaths[-1] - WITHIN_S:
+            deaths.popleft()
+        code = os.waitstatus_to_exitcode(status)
+        how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with status {code}"
+        reason = f"its {'server' if process.role.is_server else 'copy'} {how}"
+        if len(deaths) > MOST_RESTARTS:
+            reason += f", {MOST_RESTARTS} restarts within a minute have not helped"
+        self._log.error("failed" if len(deaths) > MOST_RESTARTS else "restarting", shard=of[0], reason=reason)
+
+    # Signals.
+
+    def _stop(self, *_: object) -> None:
+        self._stops += 1
+
+    def _reload(self, *_: object) -> None:
+        self._signal_servers(signal.SIGHUP)
+
+    def _signal_servers(self, number: int) -> None:
+        for each in self._processes.values():
+            if each.role.is_server:
+                os.kill(each.pid, number)
+
+    def _end(self) -> int:
+        """End the servers in order, then everything else; a second signal does not wait."""
+        self._log.info("stopping", hint="ending servers in order; interrupt again to force")
+        self._signal_servers(signal.SIGTERM)
+        while self._stops == 1 and any(each.role.is_server for each in self._processes.values()):
+            time.sleep(_LOOK_EVERY_S)
+            self._bury()
+        for shard in list(self._processes):
+            self._kill(shard)
+        if any(len(deaths) > MOST_RESTARTS for deaths in self._deaths.values()):
+            return 1
+        return 130 if self._stops > 1 else 0
+
+    # What the forked processes do.
+
+    def _talk(self, role: ShardRole, pipe: socket.socket) -> int:
+        """Pass messages on between the agent and the directory."""
+        caller = self._call(self._directory, DIRECTORY)
+        while True:
+            for message in received(pipe):
+                with suppress(NoAnswer):
+                    caller.send(*message)
+            try:
+                if (answer := caller.receive(60.0, pipe)) is not None:
+                    pipe.send(msgpack.packb([True, answer[1]]))
+            except Rejected as error:
+                pipe.send(msgpack.packb([False, str(error)]))
+            except NoAnswer:
+                continue  # the agent says everything again
+
+    def _serve(self, role: ShardRole, pipe: socket.socket) -> int:
+        log, config = self._log.bind(shard=role.shard), self._launch.config
+        place = Shard(role.shard, self._shards, role.term, _as_table(*self._table))
+        copied = CopiedShard(
+            place,
+            self._name,
+            self._folder_of(role.shard),
+            DirectoryClient(self._call(self._directory, DIRECTORY), log),
+            lambda role: self._call(role.address, role.other),
+            config.recording.durability,
+            log,
+            config.cluster.copy_timeout_s,
+        )
+        copied.begin()
+
+        def on_ready(endpoint: str) -> None:
+            copied.start()
+            pipe.send(msgpack.packb(f"tcp://{self._host}:{endpoint.rpartition(':')[2]}"))
+            asyncio.get_running_loop().add_reader(pipe, hear)
+
+        def hear() -> None:
+            for role, *table in received(pipe):
+                place.table = _as_table(*table)
+                copied.follow(ShardRole(*role))
+
+        launch = replace(
+            self._launch,
+            config=config_of_shard(config, role.shard),
+            reread=lambda: config_of_shard(self._launch.reread(), role.shard),
+            log=log,
+            service_manager=ServiceManager({}, log, self._shards),
+            shard=place,
+        )
+        return serve_one(launch, Kept(), on_ready=on_ready)
+
+    def _hold(self, role: ShardRole, pipe: socket.socket) -> int:
+        transport = config_of_shard(self._launch.config, self._shards + role.shard).transport
+        hold_copy(transport, ServerKeys.read(transport), self._folder_of(role.shard))
+
+    def _call(self, endpoint: str, name: str) -> Caller:
+        """A connection to the directory, or to the copy on the node of this name."""
+        return Caller(endpoint, keys_for(self._launch.config.transport, name), MAX_MESSAGE_BYTES)
+
+    def _folder_of(self, shard: int) -> Path:
+        return self._folder / f"shard-{shard}"
+
+    def _find_recordings(self) -> dict[int, tuple[int, int]]:
+        """The term and the position of each shard's recordings here."""
+        found = {}
+        for note in self._folder.glob(".shard-*.old"):
+            folder = note.with_name(note.name[1:-4])
+            if int(folder.name[6:]) not in self._processes:
+                settle(folder)
+        for folder in self._folder.glob("shard-*"):
+            if files := positions(folder):
+                found[int(folder.name[6:])] = _term(folder), sum(max(0, position) for position in files.values())
+        return found
+
+
+def _term(folder: Path) -> int:
+    for note in (folder / "complete.json", folder.with_name(f".{folder.name}.json")):
+        with suppress(OSError, ValueError, KeyError):
+            return int(json.loads(note.read_text())["term"])
+    return 0
+
+
+def _as_table(terms: list[int], endpoints: list[str]) -> ShardTable:
+    return ShardTable(np.array(terms, np.uint64), tuple(endpoints))
+
+
+def run(config: Config, reread: Callable[[], Config], directory: str, name: str, host: str) -> int:
+    """Run the agent until SIGTERM or SIGINT; return the exit status.
+
+    Raises:
+        CannotServe, ClusterRefused, KeysError: it cannot start.
+    """
+    endpoint, folder = config.transport.endpoint, config.recording.file
+    place = re.fullmatch(r"tcp://(.+):([0-9]+)", endpoint)
+    host = host or ("" if place is None else place[1])
+    if place is None or host in ("*", "0.0.0.0", "[::]"):
+        raise CannotServe(
+            f"others cannot reach the node at {endpoint}: give --endpoint tcp://HOST:PORT, or also --host"
+        )
+    if folder is None or config.recording.durability == "memory":
+        raise CannotServe("a node records: give --record FOLDER, and recording.durability commit or fsync")
+    log = make_log(config.log)
+    caller = Caller(f"tcp://{directory}", keys_for(config.transport, DIRECTORY))
+    try:
+        shards = DirectoryClient(caller, log).shards()
+    finally:
+        caller.close()
+    if int(place[2]) + 2 * shards > 65_536:
+        raise CannotServe(
+            f"{shards} servers and {shards} copies need ports from {place[2]} on, and the last one is 65535"
+        )
+    name = name or socket.gethostname()
+    problems = (each for each in findings(config, shards) if each.severity == "problem")
+    with launching(config, problems, reread, supervised=True) as launch:
+        (folder / SHARDS_FILE).write_text(f"{shards}\n")
+        return Agent(launch, shards, name, host, f"tcp://{directory}").run()

@@ -1,0 +1,317 @@
+"""A cluster of real processes on one machine: a directory and agents, to be killed, frozen and moved under load."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import socket
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import psutil
+
+from instep.cluster.talk import Caller, NoAnswer
+from instep.core.typing import F32
+from instep.models.folder import write_model
+from instep_client import AsyncClient
+from instep_client.protocol.wire import shard_of
+from tests.chaos.load import Kept
+from tests.support.models import SMALL, whole
+from tests.support.warm import WarmProcess
+
+DEAD_S: Final = 1.5
+_PATIENCE_S: Final = 60.0
+_STREAMS: Final = 4
+
+
+class ClusterNode:
+    """An agent, and everything that it forks."""
+
+    def __init__(self, cluster: Cluster, name: str, port: int) -> None:
+        self.name, self.port = name, port
+        self.folder = cluster.folder / name
+        self._cluster = cluster
+        self._process: WarmProcess | None = None
+        self._frozen: list[psutil.Process] = []
+
+    def start(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        command = [
+            *("cluster", "agent", str(self._cluster.folder / "model"), "--record", str(self.folder)),
+            *("--endpoint", f"tcp://127.0.0.1:{self.port}", "--http", "off", "--name", self.name),
+            *("--directory", self._cluster.directory, "--set", "recording.recovery_target_s=0.05"),
+            *("--set", "cluster.copy_timeout_s=1", *self._cluster.arguments),
+        ]
+        log = self._cluster.folder / f"{self.name}.log"
+        self._process = WarmProcess(command, output=os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+
+    def processes(self) -> list[psutil.Process]:
+        """The agent, and all below it."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if self._process is None:
+                return []
+            agent = psutil.Process(self._process.pid)
+            return [agent, *agent.children(recursive=True)]
+        return []
+
+    def at(self, port: int) -> psutil.Process:
+        """The process that listens at a port of this node."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if any(each.laddr.port == port and each.status == "LISTEN" for each in process.net_connections("tcp")):
+                    return process
+        raise LookupError(port)
+
+    def kill(self) -> None:
+        """As a machine that is lost: SIGKILL for all."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if self._process is not None:
+            self._process.wait(_PATIENCE_S)
+        self._process = None
+
+    def kill_agent(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait(_PATIENCE_S)
+
+    def freeze(self) -> None:
+        self._frozen = self.processes()
+        for process in self._frozen:
+            process.suspend()
+
+    def thaw(self) -> None:
+        for process in self._frozen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+    def stop(self) -> int:
+        """End in order; the exit status."""
+        assert self._process is not None
+        self._process.terminate()
+        return self._process.wait(_PATIENCE_S)
+
+    def log(self) -> str:
+        return (self._cluster.folder / f"{self.name}.log").read_text()
+
+
+class Cluster:
+    """A directory and nodes `n0`, `n1`, ….
+
+    Args:
+        folder: for everything.
+        nodes: how many.
+        shards: how many.
+        copies: of each shard.
+        arguments: further ones of all commands.
+    """
+
+    def __init__(
+        self, folder: Path, nodes: int = 2, shards: int = 4, copies: int = 1, arguments: Sequence[str] = ()
+    ) -> None:
+        self.folder, self.shards, self.copies, self.arguments = folder, shards, copies, arguments
+        write_model(folder / "model", SMALL)
+        ports = _free_ports(1 + 2 * shards * nodes)
+        self.directory = f"127.0.0.1:{ports}"
+        self.nodes = [ClusterNode(self, f"n{k}", ports + 1 + 2 * shards * k) for k in range(nodes)]
+        self._process: WarmProcess | None = None
+        self._caller = Caller(f"tcp://{self.directory}")
+
+    async def __aenter__(self) -> Cluster:
+        self.start_directory()
+        for node in self.nodes:
+            node.start()
+        try:
+            await self.until_whole()
+        except BaseException as error:
+            await self.__aexit__(error)
+            raise
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._caller.close()
+        for node in self.nodes:
+            node.thaw()
+            node.kill()
+        self.kill_directory()
+        if error[0] is not None:
+            for file in sorted(self.folder.glob("*.log")):
+                print(f"── {file.name}\n{file.read_text()[-6000:]}")  # noqa: T201
+
+    def start_directory(self) -> None:
+        command = [
+            *("cluster", "directory", "--store", str(self.folder / "store"), "--shards", str(self.shards)),
+            *(
+                "--copies",
+                str(self.copies),
+                "--endpoint",
+                f"tcp://{self.directory}",
+                "--set",
+                f"cluster.dead_s={DEAD_S}",
+            ),
+        ]
+        log = self.folder / "directory.log"
+        self._process = WarmProcess(command, output=os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+
+    def kill_directory(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(_PATIENCE_S)
+        self._process = None
+
+    def ask(self, verb: str, *arguments: Any) -> Any:
+        """What the directory answers; an earlier one's connection may be lost."""
+        with contextlib.suppress(NoAnswer):
+            return self._caller.ask(verb, *arguments, within_s=20.0)
+        return self._caller.ask(verb, *arguments, within_s=20.0)
+
+    def status(self) -> list[dict[str, Any]]:
+        return list(self.ask("status")["shards"])
+
+    def node(self, name: str) -> ClusterNode:
+        return next(node for node in self.nodes if node.name == name)
+
+    async def until(self, condition: Callable[[list[dict[str, Any]]], bool]) -> float:
+        """Wait for a state of the shards; the seconds that it took."""
+        began = time.monotonic()
+        while not condition(found := await asyncio.to_thread(self.status)):
+            assert time.monotonic() < began + _PATIENCE_S, found
+            await asyncio.sleep(0.05)
+        return time.monotonic() - began
+
+    async def until_whole(self) -> float:
+        """Until every shard is served and has its copy."""
+
+        def is_whole(shards: list[dict[str, Any]]) -> bool:
+            return all(
+                each["endpoint"] and not each["problem"] and not each["target"] and (each["copy"] or not self.copies)
+                for each in shards
+            )
+
+        took_s = await self.until(is_whole)
+        decisions: list[tuple[int, int]] = []
+        while decisions != (decisions := self._decisions()):
+            await asyncio.sleep(0.7)  # shards are moved, one after another, to nodes that have fewer
+            took_s += await self.until(is_whole)
+        return took_s
+
+    def _decisions(self) -> list[tuple[int, int]]:
+        return [(each["term"], each["attempt"]) for each in self.status()]
+
+    def server_of(self, shard: int, status: list[dict[str, Any]] | None = None) -> psutil.Process:
+        """The process that serves a shard, or served it by an earlier status."""
+        node = self.node((status or self.status())[shard]["server"])
+        return node.at(node.port + shard)
+
+    def copy_of(self, shard: int) -> psutil.Process:
+        node = self.node(self.status()[shard]["copy"])
+        return node.at(node.port + self.shards + shard)
+
+    async def check_copies(self) -> None:
+        """Wait until the rows of each recording and of its copy are equal in every table."""
+        deadline = time.monotonic() + _PATIENCE_S
+        for shard in self.status():
+            server, copy = (self.node(shard[kind]).folder / f"shard-{shard['shard']}" for kind in ("server", "copy"))
+            while (one := rows_in(server)) != (other := rows_in(copy)) or not one:
+                assert time.monotonic() < deadline, {name: (len(one[name]), len(other.get(name, []))) for name in one}
+                await asyncio.sleep(0.1)
+
+
+def rows_in(folder: Path) -> dict[str, list[Any]]:
+    """All rows of the recordings in a folder, by file and table."""
+    found: dict[str, list[Any]] = {}
+    for file in sorted(folder.glob("*.instep")):
+        with contextlib.closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+            for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+                found[f"{file.name}.{table}"] = sorted(database.execute(f"SELECT * FROM {table}").fetchall())
+    return found
+
+
+def _free_ports(count: int) -> int:
+    """The first of as many successive ports, below those that the system gives to clients."""
+    random_ = random.Random(os.getpid())
+    while True:
+        first = random_.randrange(10_000, 30_000)
+        with contextlib.ExitStack() as sockets, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                sockets.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+
+
+class ClusterLoad:
+    """For each shard a group of streams in closed loop; every frame sent, output got and time of an answer is kept."""
+
+    def __init__(self, shards: int, seed: int = 0, pause_s: float = 0.05) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._pause_s = pause_s
+        self._stops = False
+        self.kept = [Kept(names_of(shard, shards)) for shard in range(shards)]
+        self.times: list[list[float]] = [[] for _ in range(shards)]
+
+    async def run(self, client: AsyncClient) -> None:
+        await asyncio.gather(*(self._drive(client, shard) for shard in range(len(self.kept))))
+
+    async def _drive(self, client: AsyncClient, shard: int) -> None:
+        kept, features = self.kept[shard], SMALL.description.features
+        group = await client.open_group(kept.names)
+        while not self._stops:
+            x = self._rng.standard_normal((1 + shard % 2, len(kept.names), features)).astype(np.float32)
+            kept.sent.append(x)
+            kept.got.append(await group.step(x))
+            self.times[shard].append(time.monotonic())
+            await asyncio.sleep(self._pause_s)
+        kept.finals = (await group.close())["h"]
+
+    def stop(self) -> None:
+        self._stops = True
+
+    async def progress(self, steps: int = 5) -> None:
+        """Until every shard has answered some more steps."""
+        wanted = [len(times) + steps for times in self.times]
+        deadline = time.monotonic() + _PATIENCE_S
+        while any(len(times) < least for times, least in zip(self.times, wanted, strict=True)):
+            assert time.monotonic() < deadline, f"{[len(times) for times in self.times]} answers, not {wanted}"
+            await asyncio.sleep(0.01)
+
+    def longest_gap(self, since: float, shard: int | None = None) -> float:
+        """The longest time between two answers of a shard, of which the second came after `since`."""
+        gaps = [
+            after - before
+            for number, times in enumerate(self.times)
+            if shard in (None, number)
+            for before, after in pairwise(times)
+            if after > since
+        ]
+        return max(gaps, default=0.0)
+
+    def check(self) -> int:
+        """Compare every output and final state with the network over all that was sent; the number of outputs."""
+        outputs = 0
+        for kept in self.kept:
+            sent, got = np.concatenate(kept.sent), np.concatenate(kept.got)
+            assert len(sent) == len(got)
+            assert kept.finals is not None
+            for column, name in enumerate(kept.names):
+                expected, final = whole(SMALL, sent[:, column])
+                assert _bits(expected).tolist() == _bits(got[:, column]).tolist(), name
+                assert _bits(final).tolist() == _bits(kept.finals[column]).tolist(), name
+                outputs += len(got)
+        return outputs
+
+
+def names_of(shard: int, shards: int) -> list[str]:
+    """Names of streams of a shard."""
+    names = (f"mic-{number}" for number in range(10_000))
+    return [name for name in names if shard_of(name, shards) == shard][:_STREAMS]
+
+
+def _bits(x: F32) -> Any:
+    return np.ascontiguousarray(x).view(np.int32)
