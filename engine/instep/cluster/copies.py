@@ -242,12 +242,15 @@ class CopiedShard:
             while not self._roles.empty():
                 role = self._roles.get()
             if role.address and role.attempt > self._role.attempt:
-                with self._changed:  # the directory has stored that the copy before does not count any more
-                    self._let_go()
-                    self._role = role
-                    self._say(used=False)
                 with suppress(RecordingError):  # recorders raise it, too
-                    self._try()
+                    with self._changed:
+                        # the copy before counts until the directory has stored that it does not
+                        self._role = role if role.counts else self._role
+                        if self._copy is not None or role.counts:
+                            self._lose(f"{role.other} is to have another one")
+                        self._role = role._replace(counts=False)
+                    if not role.counts:
+                        self._try()
                 if self._copy is None:
                     time.sleep(_AGAIN_S)
 
