@@ -197,9 +197,9 @@ def test_a_shard_that_cannot_begin_ends_all(arguments: list[str], tmp_path: Path
     assert f"{tmp_path}/s.1" in reason
 
 
-def problems(count: int, endpoint: str = "tcp://127.0.0.1:*", **recording: Path) -> list[str]:
+def problems(count: int, endpoint: str = "tcp://127.0.0.1:*", http: str = "off", **recording: Path) -> list[str]:
     config = Config.model_validate(
-        {"transport": {"endpoint": endpoint}, "recording": recording, "http": {"endpoint": "off"}}
+        {"transport": {"endpoint": endpoint}, "recording": recording, "http": {"endpoint": http}}
     )
     found = shards.findings(config, count) if count > 1 else before_loading(config)
     return [str(each) for each in found if each.severity == "problem"]
@@ -211,6 +211,8 @@ def test_ports_that_are_taken_or_do_not_exist_are_refused_before_anything_starts
         assert endpoint in problem
     port = free_ports(3)
     assert problems(3, f"tcp://127.0.0.1:{port}") == []
+    (problem,) = problems(3, f"tcp://127.0.0.1:{port}", http=f"127.0.0.1:{port + 2}")
+    assert "http.endpoint" in problem
     with socket.create_server(("127.0.0.1", port + 2)):
         (problem,) = problems(3, f"tcp://127.0.0.1:{port}")
         assert re.match(rf"shard 2: .*:{port + 2}\b", problem)

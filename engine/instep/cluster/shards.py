@@ -14,12 +14,13 @@ import numpy as np
 import structlog
 
 from instep.config import Config
+from instep.config.endpoint import host_and_port
 from instep.frontends.http.security import UNIX
 from instep.frontends.shards import Shard, for_table
 from instep.recording.database import SUFFIX
 from instep.runtime.executor import usable_cores
 from instep.server.checks import CannotServe, Finding, before_loading, other_shards, settle, with_all_streams
-from instep.server.recording_files import SHARDS_FILE
+from instep.server.recording_files import SHARDS_FILE, shards_in
 from instep_client.protocol.wire import ShardTable
 
 _LAST_PORT: Final = 65_535
@@ -32,7 +33,8 @@ def config_of_shard(config: Config, number: int, admin: Path | None = None) -> C
     """
     endpoint, file, http = config.transport.endpoint, config.recording.file, config.http
     place, _, port = endpoint.rpartition(":")
-    own = f"{endpoint}.{number}" if endpoint.startswith("ipc:") else f"{place}:{int(port) + number}"
+    has_port = endpoint.startswith("tcp:") and port.isdecimal()  # after a reload it may have none
+    own = f"{place}:{int(port) + number}" if has_port else f"{endpoint}.{number}"
     if admin is not None and http.endpoint is not None:
         http = http.model_copy(update={"endpoint": f"{UNIX}{admin / str(number)}", "token_file": None})
     return config.model_copy(
@@ -67,10 +69,14 @@ def findings(config: Config, shards: int) -> Iterator[Finding]:
 def _contradiction(config: Config, shards: int) -> Finding | None:
     """What is wrong with the endpoint or the folder for this number of shards, if anything."""
     endpoint, folder = config.transport.endpoint, config.recording.file
-    port = endpoint.rpartition(":")[2]
-    if not endpoint.startswith("ipc:") and not (port.isdecimal() and int(port) + shards - 1 <= _LAST_PORT):
+    port, http = endpoint.rpartition(":")[2], config.http.endpoint
+    is_tcp = endpoint.startswith("tcp:")
+    ports = range(int(port), int(port) + shards) if is_tcp and port.isdecimal() else range(0)
+    if is_tcp and not (ports and ports[-1] <= _LAST_PORT):
         what = f"--shards needs another port than that of {endpoint}"
         cure = f"each of {shards} shards listens at the next one, and the last port is {_LAST_PORT}"
+    elif http is not None and host_and_port(http)[1] in ports:
+        what, cure = f"http.endpoint {http} has the port of a shard", "choose another one (--http 127.0.0.1:PORT)"
     elif folder is None:
         return None
     elif not folder.is_dir():
@@ -160,6 +166,7 @@ def claim(folder: Path, shards: int) -> None:
     try:
         for number in range(shards):
             (folder / f"shard-{number}").mkdir(exist_ok=True)
-        (folder / SHARDS_FILE).write_text(f"{shards}\n")
+        if shards_in(folder) != shards:
+            (folder / SHARDS_FILE).write_text(f"{shards}\n")
     except OSError as error:
         raise CannotServe(f"recording.file {folder} cannot be written: {error.strerror}") from None
