@@ -7,7 +7,9 @@ import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
+from random import Random
 from socket import create_server
+from typing import Any
 
 import numpy as np
 import pytest
@@ -330,3 +332,67 @@ async def test_a_shard_that_nobody_serves_is_waited_for() -> None:
             assert not opening.done()
             first.rules.table[1] = (0, other.endpoint)
             assert (await (await opening).step(FRAMES[:2])).shape == (2, 2)
+
+
+async def at(server: FakeServer, change: Callable[[], object]) -> None:
+    """Have something done between two messages of a server."""
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+    server.do(change)
+    server.do(lambda: loop.call_soon_threadsafe(done.set))
+    await done.wait()
+
+
+def only_greets(header: list[Any], frames: list[bytes]) -> list[list[bytes]] | None:
+    """What a server answers whose place was taken: nothing that rests on its recording."""
+    return None if header[0] in (Kind.HELLO, Kind.SHARDS) else []
+
+
+async def test_every_output_comes_once_while_shards_move_at_random() -> None:
+    random, done = Random(0), False
+    with fake_shards((0, 1), (1, 1), (0, 0), (1, 0)) as servers:
+        now, table = list(servers[:2]), list(servers[0].rules.table)
+
+        async def produce(names: list[str]) -> None:
+            async with AsyncClient(",".join(server.endpoint for server in now), timeout_s=6.0) as client:
+                x = np.random.default_rng(len(names)).standard_normal((3000, len(names), 3)).astype(np.float32)
+                group, outputs = await client.open_group(names), list[Any]()
+                while not done and len(outputs) < len(x):
+                    outputs.append(await group.step(x[len(outputs)]))
+                    await asyncio.sleep(random.uniform(0.0, 0.02))
+            for index in range(len(names)):
+                assert np.array_equal(np.array(outputs)[:, index], reference(x[: len(outputs), index])[0])
+
+        def share(to: list[FakeServer]) -> None:
+            for server in to:
+                server.rules.table = list(table)
+
+        async def move(shard: int) -> None:
+            former, (successor,) = now[shard], {*servers[shard::2]} - {now[shard]}
+            await at(former, lambda: setattr(former.rules, "fault", lambda header, frames: []))
+            term = table[shard][0] + 1
+            table[shard] = random.choice([table[shard], (term, "")])
+            share(random.sample(servers, 2))
+            await asyncio.sleep(random.uniform(0.0, 1.5))
+            successor.rules.info = replace(successor.rules.info, term=term)
+            await at(successor, lambda: successor.rules.take_over_from(former.rules))
+            successor.rules.fault = None
+            now[shard], table[shard] = successor, (term, successor.endpoint)
+            share(random.sample(servers, 2))
+            if random.random() < 0.5:
+                former.rules.streams = {}
+                await at(former, former.rules.restart)
+                former.rules.fault = only_greets
+            await asyncio.sleep(random.uniform(0.0, 0.5))
+            share(servers)
+
+        producing = [asyncio.create_task(produce([f"{size}-{at}" for at in range(size)])) for size in (1, 2, 7)]
+        for _ in range(5):
+            await asyncio.sleep(random.uniform(0.0, 0.5))
+            shard = random.randrange(2)
+            if random.random() < 0.7:
+                await move(shard)
+            else:
+                await at(now[shard], now[shard].rules.restart)
+        done = True
+        await asyncio.gather(*producing)
+        assert max(term for term, _ in table) > 1
