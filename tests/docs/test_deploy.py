@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import itertools
 import json
 import re
 import shlex
@@ -18,17 +19,37 @@ from tests.docs.support.shell import assert_exists
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-UNIT = configparser.RawConfigParser(strict=False)
-UNIT.optionxform = str  # type: ignore[assignment,method-assign]
-UNIT.read(DEPLOY / "instep.service")
-SERVICE = UNIT["Service"]
+
+
+def service(unit: str) -> configparser.SectionProxy:
+    parser = configparser.RawConfigParser(strict=False)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read(DEPLOY / f"{unit}.service")
+    return parser["Service"]
+
+
+SERVER_UNIT, AGENT_UNIT, DIRECTORY_UNIT = (service(unit) for unit in ("instep", "instep-agent", "instep-directory"))
 DOCKERFILE = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.M))
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVER = COMPOSE["services"]["server"]
+KUBERNETES: list[dict[str, Any]] = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "cluster.yaml").read_text()))
 
 
 def instructions(keyword: str) -> list[str]:
     return re.findall(rf"^{keyword} (.+)$", DOCKERFILE, re.M)
+
+
+def pod(kind: str) -> dict[str, Any]:
+    """What the pods of the only object of this kind are."""
+    (found,) = [each for each in KUBERNETES if each["kind"] == kind]
+    spec: dict[str, Any] = found["spec"]["template"]["spec"]
+    return spec
+
+
+def container(kind: str) -> dict[str, Any]:
+    """The only container of the pods."""
+    (found,) = pod(kind)["containers"]
+    return dict(found)
 
 
 ENTRYPOINT, COMMAND = (json.loads(instructions(keyword)[0]) for keyword in ("ENTRYPOINT", "CMD"))
@@ -36,7 +57,12 @@ ENTRYPOINT, COMMAND = (json.loads(instructions(keyword)[0]) for keyword in ("ENT
 
 @pytest.mark.parametrize(
     "words",
-    [shlex.split(SERVICE["ExecStart"]), ENTRYPOINT + COMMAND, ENTRYPOINT + SERVER["command"]],
+    [
+        *(shlex.split(unit["ExecStart"]) for unit in (SERVER_UNIT, AGENT_UNIT, DIRECTORY_UNIT)),
+        ENTRYPOINT + COMMAND,
+        ENTRYPOINT + SERVER["command"],
+        *(ENTRYPOINT + container(kind)["args"] for kind in ("StatefulSet", "Deployment")),
+    ],
     ids=" ".join,
 )
 def test_the_commands_and_options_that_it_runs_exist(words: list[str]) -> None:
@@ -45,10 +71,12 @@ def test_the_commands_and_options_that_it_runs_exist(words: list[str]) -> None:
 
 def test_a_drain_is_given_the_time_it_may_take() -> None:
     drain_s = Config().shutdown.drain_timeout_s
-    assert SERVICE["KillSignal"] == signal.SIGTERM.name
-    assert int(SERVICE["TimeoutStopSec"]) > drain_s + 10
+    for unit in (SERVER_UNIT, AGENT_UNIT):
+        assert unit["KillSignal"] == signal.SIGTERM.name
+        assert int(unit["TimeoutStopSec"]) > drain_s + 10
     assert int(SERVER["stop_grace_period"].removesuffix("s")) > drain_s + 10
-    for files in (SERVICE["LimitNOFILE"], SERVER["ulimits"]["nofile"]):
+    assert pod("StatefulSet")["terminationGracePeriodSeconds"] > drain_s + 10
+    for files in (SERVER_UNIT["LimitNOFILE"], AGENT_UNIT["LimitNOFILE"], SERVER["ulimits"]["nofile"]):
         assert int(files) > Config().limits.max_connections
 
 
@@ -71,3 +99,33 @@ def test_the_composition_publishes_on_the_loopback_address_alone() -> None:
     published = [port for service in COMPOSE["services"].values() for port in service.get("ports", [])]
     assert published
     assert all(port.startswith("127.0.0.1:") for port in published)
+
+
+@pytest.mark.parametrize("kind", ["StatefulSet", "Deployment"])
+def test_what_a_pod_mounts_and_is_reached_by_is_there(kind: str) -> None:
+    (found,) = [each for each in KUBERNETES if each["kind"] == kind]
+    volumes = {each["name"] for each in pod(kind)["volumes"]}
+    volumes |= {each["metadata"]["name"] for each in found["spec"].get("volumeClaimTemplates", [])}
+    mounts = {each["name"]: each["mountPath"] for each in container(kind)["volumeMounts"]}
+    assert mounts.keys() == volumes
+    arguments = container(kind)["args"]
+    options = dict(itertools.pairwise(arguments))
+    assert (options.get("--record") or options["--store"]) in mounts.values()
+    labels = found["spec"]["template"]["metadata"]["labels"]
+    assert found["spec"]["selector"]["matchLabels"] == labels
+    (name,) = [each["metadata"]["name"] for each in KUBERNETES if each["spec"].get("selector") == labels]
+    assert name == (found["spec"]["serviceName"] if kind == "StatefulSet" else "instep-directory")
+    environ = {each["name"]: each.get("value", "") for each in container(kind)["env"]}
+    for setting in (name.removeprefix("INSTEP_") for name in environ if name.startswith("INSTEP_")):
+        section, key = setting.lower().split("__")
+        assert hasattr(getattr(Config(), section), key)
+
+
+def test_agents_find_the_directory_that_there_is_one_of() -> None:
+    (directory,) = [each for each in KUBERNETES if each["kind"] == "Deployment"]
+    assert (directory["spec"]["replicas"], directory["spec"]["strategy"]) == (1, {"type": "Recreate"})
+    agent, listens = container("StatefulSet")["args"], container("Deployment")["args"]
+    host, _, port = agent[agent.index("--directory") + 1].partition(":")
+    (service,) = [each for each in KUBERNETES if each["kind"] == "Service" and each["metadata"]["name"] == host]
+    assert [str(each["port"]) for each in service["spec"]["ports"]] == [port]
+    assert listens[listens.index("--endpoint") + 1] == f"tcp://0.0.0.0:{port}"
