@@ -198,7 +198,7 @@ class Session:
         endpoint = self.shards.endpoints[self.shard] or self.endpoint
         is_former = self.state is OPEN and self.info.term < self.shards.terms[self.shard]
         if is_former or (self.is_in_trouble and self.endpoint != endpoint):
-            self.lose(f"another server has shard {self.shard} now, at {endpoint}")
+            self.lose(f"another server takes shard {self.shard} over from the one at {self.endpoint}")
             self.attempts.at_once(self.now)
 
     @property
