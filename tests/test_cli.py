@@ -153,7 +153,7 @@ class TestServe:
         free_port = ["--endpoint", "tcp://127.0.0.1:*", "--restart"]
         result = subprocess.run([*command, *elsewhere, *free_port], capture_output=True, text=True, check=False)
         assert (result.returncode, result.stdout) == (2, "")
-        words = ("not a model folder", "there is no folder", "http.token_file", "--restart needs a port")
+        words = ("not a model folder", "there is no folder", str(tmp_path / "token"), "--restart needs a port")
         assert [each in line for each, line in zip(words, result.stderr.splitlines(), strict=True)] == [True] * 4
 
 
