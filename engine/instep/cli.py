@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from instep import interrupts
-from instep.cluster.app import DIRECTORY_ENDPOINT, DirectoryAt
+from instep.cluster.app import DIRECTORY_ENDPOINT, DirectoryAt, OnEngine
 from instep.cluster.app import app as cluster_app
 from instep.model_app import app as model_app
 from instep.replay.app import recordings as recordings_app
@@ -70,6 +70,15 @@ Streams = Annotated[
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="A YAML file; configs/default.yaml explains every key.")
+]
+ShardCount = Annotated[
+    int, typer.Option("--shards", min=1, max=4096, help="How many shards the cluster has, now and for good.")
+]
+CopyCount = Annotated[
+    int, typer.Option("--copies", min=0, max=1, help="How many copies each shard has on other nodes.")
+]
+Adopt = Annotated[
+    str, typer.Option(metavar="NODE,NODE", help="After the store was lost: the nodes that have recordings.")
 ]
 Settings = Annotated[
     list[str],
@@ -208,18 +217,45 @@ def serve(
 
 @cluster_app.command(
     examples=[
+        "instep cluster up /srv/models/ears --on ray --shards 12 --record /var/lib/instep",
+    ]
+)
+@takes_settings
+def up(
+    given: Given,
+    *,
+    on: OnEngine,
+    shards: ShardCount,
+    copies: CopyCount = 1,
+    adopt: Adopt = "",
+) -> None:
+    """Begin a cluster: the directory on Ray's head, and an agent on each node that has the resource `instep`.
+
+    Takes the options of `instep serve`; folders and files are those of the nodes, and each node records in the folder
+    of its name in that of --record. Nodes that join later get an agent, too. Exit status 0: it has begun, and `instep
+    cluster status --on ray` shows when every shard is served. 2: it has not.
+    """
+    from instep.cluster.ray import up
+    from instep.config import load_config
+    from instep_tools.terminal import Terminal
+
+    port = load_config(given.file, given.flags).transport.endpoint.rpartition(":")[2]
+    loaded = load_config(given.file, {**given.flags, "transport.endpoint": f"tcp://0.0.0.0:{port}"})
+    Terminal(False).say(f"The directory is at {up(loaded, shards, copies, adopt)}")
+
+
+@cluster_app.command(
+    examples=[
         "instep cluster directory --store /var/lib/instep-directory --shards 12",
         "instep cluster directory --store decisions --shards 4 --copies 0",
     ]
 )
 def directory(
     store: Annotated[Path, typer.Option(metavar="FOLDER", help="Where it stores what it decides.")],
-    shards: Annotated[int, typer.Option(min=1, max=4096, help="How many shards the cluster has, now and for good.")],
-    copies: Annotated[int, typer.Option(min=0, max=1, help="How many copies each shard has on other nodes.")] = 1,
+    shards: ShardCount,
+    copies: CopyCount = 1,
     endpoint: Annotated[str, typer.Option(help="Where to listen: tcp://HOST:PORT.")] = f"tcp://{DIRECTORY_ENDPOINT}",
-    adopt: Annotated[
-        str, typer.Option(metavar="NODE,NODE", help="After the store was lost: the nodes that have recordings.")
-    ] = "",
+    adopt: Adopt = "",
     config: ConfigFile = None,
     settings: Settings = [],  # noqa: B006
 ) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import psutil
@@ -125,7 +125,7 @@ class Cluster:
         self._process: WarmProcess | None = None
         self._caller = Caller(f"tcp://{self.directory}")
 
-    async def __aenter__(self) -> Cluster:
+    async def __aenter__(self) -> Self:
         self.start_directory()
         for node in self.nodes:
             node.start()

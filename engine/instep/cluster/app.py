@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import typer
 
@@ -20,6 +20,11 @@ Node = Annotated[str, typer.Argument(metavar="NODE", help="The name of the node.
 DirectoryAt = Annotated[
     str, typer.Option("--directory", envvar="INSTEP_DIRECTORY", metavar="HOST:PORT", help="Where the directory is.")
 ]
+OnEngine = Annotated[Literal["ray"], typer.Option("--on", help="Where: a Ray cluster, at RAY_ADDRESS or here.")]
+Started = Annotated[
+    Literal["ray"] | None,
+    typer.Option("--on", help="Find the directory of `instep cluster up`, instead of --directory."),
+]
 
 Ask = Callable[..., Any]
 """Asks the directory, and returns its answer."""
@@ -28,12 +33,20 @@ Ask = Callable[..., Any]
 def asks_directory(command: Callable[..., None]) -> Callable[..., None]:
     """Replace a command's first parameter, an `Ask`, by the options that it needs."""
 
-    def run(directory: str, key_file: str, server_key: str, **own: Any) -> None:
+    def run(directory: str, on: str | None, key_file: str, server_key: str, **own: Any) -> None:
+        if on == "ray":
+            from instep.cluster.ray import find_directory
+            from instep_tools.terminal import Terminal
+
+            directory, problems = find_directory()
+            for sentence in problems:
+                Terminal(False).error(sentence)
         command(partial(_ask, directory, key_file, server_key), **own)
 
     own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     options = [
         parameter("directory", DIRECTORY_ENDPOINT, DirectoryAt),
+        parameter("on", None, Started),
         parameter("key_file", "", KeyFile),
         parameter("server_key", "", ServerKey),
     ]
@@ -132,6 +145,17 @@ def accept_loss(
     Streams whose newest frames are lost get DATA_LOSS. Exit status 0: done. 2: it is not needed, or not possible.
     """
     ask("accept_loss", shard, node)
+
+
+@app.command(examples=["instep cluster down --on ray"])
+def down(on: OnEngine) -> None:
+    """End what `instep cluster up` began: agents with their servers in order, then the directory.
+
+    Recordings and the directory's store are kept. Exit status 0: nothing is left. 2: there is no Ray.
+    """
+    from instep.cluster.ray import down
+
+    down()
 
 
 def _ask(directory: str, key_file: str, server_key: str, verb: str, *arguments: Any) -> Any:

@@ -1,0 +1,89 @@
+"""`instep cluster up` on Ray: what it refuses, and a cluster that loses programs, actors and a node under load."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from instep.cli import app
+from instep.cluster.ray import RESOURCE
+from instep_client import AsyncClient
+from tests.cluster.cluster import ClusterLoad
+from tests.cluster.ray_cluster import RayCluster
+
+UP = ("cluster", "up", "--on", "ray", "--shards", "2")
+PLAIN = ("--set", "transport.allow_plaintext=true")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--demo", "--record", "r"), "transport.allow_plaintext"),
+        ((*PLAIN, "--record", "r"), "--record"),
+        ((*PLAIN, "--demo"), "--record"),
+        ((*PLAIN, "--demo", "--record", "r"), "instep[cluster]"),
+    ],
+    ids=["keys", "model", "recordings", "ray"],
+)
+def test_what_is_missing(arguments: tuple[str, ...], named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    result = CliRunner().invoke(app, [*UP, *arguments])
+    assert result.exit_code == 2
+    assert named in " ".join(result.stderr.split())
+
+
+def test_the_machines_of_ray_up_have_the_resource() -> None:
+    machines = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "ray.yaml").read_text())
+    resources = [re.findall(r"--resources='(.*)'", line) for line in machines["worker_start_ray_commands"]]
+    assert [json.loads(text) for found in resources for text in found] == [{RESOURCE: 1}]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: instep[cluster]")
+async def test_programs_actors_and_nodes_end_and_no_output_is_lost(tmp_path: Path) -> None:
+    async with RayCluster(tmp_path) as cluster:
+        load = ClusterLoad(cluster.shards, pause_s=0.1)
+        endpoints = ",".join(shard["endpoint"] for shard in cluster.status())
+        async with AsyncClient(endpoints, timeout_s=5.0, reconnect_s=100.0) as client, asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(load.run(client))
+            await load.progress()
+            assert (await asyncio.to_thread(cluster.up)).returncode == 2  # it is up
+
+            cluster.nodes[0].kill_agent()
+            cluster.kill_directory()
+            await load.progress()
+            await cluster.until_whole()
+            status = await asyncio.to_thread(cluster.run, "status")
+            assert status.returncode == 0
+            assert "n0" in status.stderr
+
+            cluster.kill_actor(cluster.nodes[1].processes(), "agent")
+            await load.progress()
+            await cluster.until_whole()
+
+            cluster.add().start()
+            await cluster.until(lambda shards: any(shard["server"] == "n2" for shard in shards))
+            await cluster.until_whole()
+            cluster.nodes[0].kill()
+            await load.progress()
+            cluster.nodes[0].start()
+            await cluster.until_whole()
+
+            assert (await asyncio.to_thread(cluster.run, "down")).returncode == 0
+            assert cluster.programs() == []
+            assert (await asyncio.to_thread(cluster.run, "status")).returncode == 2  # it is not up
+            assert (await asyncio.to_thread(cluster.up)).returncode == 0
+            await load.progress()
+            load.stop()
+            await running
+        assert load.check() > 0
+        await cluster.until_whole()
+        await cluster.check_copies()
