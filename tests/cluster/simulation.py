@@ -120,8 +120,9 @@ class Clock:
         self.seen: Counter[str] = Counter()
         self.calm_until = 0.0
         self.cut: dict[frozenset[str], float] = {}
-        self.held: list[tuple[str, float]] = []
-        """Messages with these names come so much later, each once; those that are infinitely late are lost."""
+        self.catches: Counter[str] = Counter()
+        """How many messages of a name are put aside, until `release`."""
+        self.caught: list[tuple[Machine, Callable[[], object]]] = []
         self._events: list[tuple[float, int, Machine, Callable[[], object]]] = []
         self._count = 0
 
@@ -148,19 +149,19 @@ class Clock:
     ) -> None:
         """Let something happen on another machine."""
         chance = self.random
-        hold = next((each for each in self.held if each[0] == name), None)
-        if hold:
-            self.held.remove(hold)
-        is_cut = self.cut.get(frozenset((source.name, to.name)), 0.0) > self.now
         if line is not None and line.is_broken:
             return
-        is_lost = hold is not None and hold[1] == float("inf")
-        if is_cut or is_lost or (not self.is_calm and chance.random() < 0.003):
+        if self.catches[name] > 0:
+            self.catches[name] -= 1
+            self.caught.append((to, act))
+            return
+        is_cut = self.cut.get(frozenset((source.name, to.name)), 0.0) > self.now
+        if is_cut or (not self.is_calm and chance.random() < 0.003):
             self.seen["lost messages"] += 1
             if line is not None:
                 line.is_broken = not line.is_silent
             return
-        delay = chance.expovariate(1 / 0.003) + (hold[1] if hold else 0.0)
+        delay = chance.expovariate(1 / 0.003)
         if not self.is_calm and chance.random() < 0.01:
             delay += chance.uniform(0.0, 2.0)
             self.seen["late messages"] += 1
@@ -171,6 +172,12 @@ class Clock:
             self.seen["doubled messages"] += 1
             self.at(delay + chance.uniform(0.0, 1.0), to, act)
         self.at(delay, to, act)
+
+    def release(self) -> None:
+        """Deliver what was put aside."""
+        for machine, act in self.caught:
+            self.at(0.0, machine, act)
+        self.caught.clear()
 
 
 class Process:
@@ -247,12 +254,15 @@ class Directory:
         self.kept: dict[str, dict[str, Any]] = {}
         self.fails_until = 0.0
         self.adopt: tuple[str, ...] = ()
+        self.process = Process(world.clock, self.machine)
         self.restart()
 
     def restart(self) -> None:
+        self.process.is_alive = False
         stored = self.kept if Rule.STORED not in self.world.broken else {}
         settings = {"dead_s": DEAD_S, "min_nodes": len(self.world.nodes), "adopt": self.adopt, **self.world.settings}
         self.rules = Assignments(self.world.shards, self._store, stored, **settings)
+        self.fails_until = 0.0
         self.process = Process(self.world.clock, self.machine)
         self.process.start(self._decide())
 
@@ -379,7 +389,9 @@ class Agent(Process):
             if isinstance(child, Server) and child.is_serving
         ]
         said += [("ended", each) for each in self.ended] + [("gone", each) for each in self.gone]
-        return self.ask("heartbeat", directory.machine, lambda reply: directory.hear(report, said, reply), ASK_AGAIN_S)
+        return self.ask(
+            f"heartbeat {name}", directory.machine, lambda reply: directory.hear(report, said, reply), ASK_AGAIN_S
+        )
 
     def make_so(self) -> None:
         for shard, child in list(self.children.items()):
@@ -433,9 +445,10 @@ class Holder(Process):
             if Rule.OLD_COPY in self.world.broken:
                 node.disk.pop(self.shard, None)
             return self.clock.at(self.clock.random.uniform(0.0, 0.3), node, lambda: reply(self.is_alive))
-        if attempt != self.attempt or number != self.taken + 1:
+        is_late = attempt != self.attempt
+        if (is_late and Rule.RISING not in self.world.broken) or (not is_late and number != self.taken + 1):
             return reply(False)
-        self.taken = number
+        self.taken += not is_late
         if what == "whole" and self.incoming is not None:
             self.incoming.since, self.incoming.former = self.clock.now, node.disk.get(self.shard)
             node.disk[self.shard], self.incoming = self.incoming, None
@@ -520,6 +533,8 @@ class Server(Process):
             if role is None:
                 await self._end("its term is over")
             self.role = role
+        elif not self.role.counts:
+            self.role = self.role._replace(attempt=self.role.attempt - 1)  # the copy is begun as soon as this serves
         if not self.role.counts or Rule.BACK in self.world.broken:
             return True
         link = Link(self.world.node(self.role.other), self.role.attempt)
@@ -593,13 +608,15 @@ class Server(Process):
     def _to_copy(self, link: Link, what: str, of: Any, number: int | None = None) -> Promise:
         if number is None:
             link.sent = number = link.sent + 1
-        attempt = (self.term, link.attempt)
+        attempt, until = (self.term, link.attempt), self.clock.now + COPY_TIMEOUT_S
 
         def arrive(reply: Reply) -> None:
             holder = link.node.agent.children.get(self.shard)
             holder = holder if isinstance(holder, Holder) and holder.is_alive else link.node.unfenced.get(self.shard)
             if holder is not None:
                 holder.take(attempt, number, what, of, reply)
+            elif number == 0 and self.clock.now < until:  # the connection waits for somebody to listen
+                self.clock.at(0.05, link.node, lambda: arrive(reply))
 
         return self.ask(f"copy {what}", link.node, arrive, COPY_TIMEOUT_S, link.line)
 
@@ -761,7 +778,7 @@ class Client(Process):
             tables.append(table)
             del tables[:-200]
             long_ago = not self.clock.is_calm and chance.random() < 0.2
-            self.map.take(chance.choice(tables) if long_ago else table)
+            self.map.take(self.world.old_table or (chance.choice(tables) if long_ago else table))
 
     async def _connect(self) -> None:
         """Greet the server of the shard, resume the stream and stay while there are answers."""
@@ -838,6 +855,8 @@ class World:
     ) -> None:  # fmt: skip
         self.clock, self.broken, self.shards, self.settings = Clock(seed), broken, shards, settings
         self.tables: list[ShardTable] = []
+        self.old_table: ShardTable | None = None
+        """The table that clients get instead of the newest."""
         self.given_up: set[int] = set()
         """Shards of which a loss was accepted."""
         self.nodes: list[Node] = []
@@ -851,8 +870,23 @@ class World:
     def node(self, name: str) -> Node:
         return next(node for node in self.nodes if node.name == name)
 
+    def server(self, shard: int) -> Server:
+        """The server that the directory knows."""
+        child = self.node(self.directory.rules.shards[shard].server).agent.children[shard]
+        assert isinstance(child, Server)
+        return child
+
     def run(self, seconds: float) -> None:
         self.clock.run(seconds)
+
+    def run_until(self, reached: Callable[[], object], limit_s: float = 30.0) -> None:
+        until = self.clock.now + limit_s
+        while not reached():
+            assert self.clock.now < until
+            self.run(0.01)
+
+    def cut(self, one: Machine, other: Machine, seconds: float) -> None:
+        self.clock.cut[frozenset((one.name, other.name))] = self.clock.now + seconds
 
     def calm(self, seconds: float = 1e9) -> None:
         """Nothing is lost or late for a while, and no node is frozen or cut off."""
@@ -893,9 +927,8 @@ class World:
         elif kind == "cut":
             others = [each for each in self.nodes if each is not node]
             other = chance.choice((self.directory.machine, *others, *(client.machine for client in self.clients)))
-            clock.cut[frozenset((node.name, other.name))] = clock.now + chance.uniform(0.3, 5.0)
+            self.cut(node, other, chance.uniform(0.3, 5.0))
         elif kind == "directory":
-            self.directory.process.is_alive = False
             self.directory.restart()
         elif kind == "store":
             self.directory.fails_until = clock.now + chance.uniform(0.3, 3.0)
