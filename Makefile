@@ -64,8 +64,8 @@ simulate: $(READY)  ## Put clusters of shards through random faults in virtual t
 
 cluster-chaos: ROUNDS = 50
 cluster-chaos: SEED = 1
-cluster-chaos: $(READY)  ## Kill, freeze and move the nodes of a cluster under load; compare outputs, show interruptions
-	$(BIN)/python -m tests.cluster --rounds $(ROUNDS) --seed $(SEED)
+cluster-chaos: $(READY)  ## Kill, freeze and move the nodes of a cluster under load; compare outputs, show interruptions; ON=ray has Ray run it
+	$(BIN)/python -m tests.cluster --rounds $(ROUNDS) --seed $(SEED) --on '$(ON)'
 
 clean:  ## Remove .venv and everything made by the targets above
 	rm -rf $(VENV) demo-out examples-out test-artefacts build dist .coverage .coverage.* .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

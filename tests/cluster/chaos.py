@@ -133,13 +133,13 @@ class Faults:
 KINDS: Final = [name for name in vars(Faults) if not name.startswith("_") and name not in ("give", "shard")]
 
 
-async def run(folder: Path, rounds: int, seed: int) -> list[Interruption]:
+async def run(folder: Path, rounds: int, seed: int, kind_of_cluster: type[Cluster]) -> list[Interruption]:
     """Give a cluster of three nodes this number of faults; every kind comes once in as many as there are."""
     random_, found = random.Random(seed), list[Interruption]()
     order = [kind for _ in range(-(-rounds // len(KINDS))) for kind in random_.sample(KINDS, len(KINDS))][:rounds]
-    async with Cluster(folder, nodes=3, arguments=LOG) as cluster:
+    async with kind_of_cluster(folder, nodes=3, arguments=LOG) as cluster:
         load = ClusterLoad(cluster.shards, seed)
-        endpoint = ",".join(f"tcp://127.0.0.1:{node.port}" for node in cluster.nodes)
+        endpoint = ",".join(f"tcp://{node.address}:{node.port}" for node in cluster.nodes)
         async with AsyncClient(endpoint, timeout_s=5.0, reconnect_s=120.0) as client, asyncio.TaskGroup() as tasks:
             running = tasks.create_task(load.run(client))
             await load.progress()

@@ -34,6 +34,8 @@ _STREAMS: Final = 4
 class ClusterNode:
     """An agent, and everything that it forks."""
 
+    address = "127.0.0.1"
+
     def __init__(self, cluster: Cluster, name: str, port: int) -> None:
         self.name, self.port = name, port
         self.folder = cluster.folder / name

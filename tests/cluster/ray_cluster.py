@@ -66,7 +66,8 @@ class RayCluster(Cluster):
         self._addresses = f"127.{os.getpid() >> 8 & 0xFF}.{os.getpid() & 0xFF}."
         self.directory = f"{self._addresses}2:{PORT}"
         self._caller = Caller(f"tcp://{self.directory}")
-        self._temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets are short
+        self._temporary = os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(dir="/tmp")  # paths of sockets are short
+        os.mkdir(f"{self._temporary}/ray")
         for _ in range(nodes):
             self.add()
 
@@ -79,7 +80,7 @@ class RayCluster(Cluster):
     def start_directory(self) -> None:
         """Start Ray's head; where it runs, Ray starts the directory by itself."""
         if not self.ray.list_all_nodes():
-            own = {"node_ip_address": f"{self._addresses}2", "include_dashboard": False, "temp_dir": self._temporary}
+            own = {"node_ip_address": f"{self._addresses}2", "include_dashboard": False}
             self._head = self.ray.add_node(**_SMALL, **own)
             self.up()
 
