@@ -57,8 +57,9 @@ def findings(config: Config, shards: int) -> Iterator[Finding]:
     found: dict[Finding, list[int]] = {}
     for number in range(shards):
         own = config_of_shard(config, number)
-        if folder is not None and not (folder / f"shard-{number}").is_dir():
-            own = own.model_copy(update={"recording": config.recording})
+        if folder is not None:  # which `claim` makes, and those of shards
+            there = next(each for each in (folder / f"shard-{number}", folder, folder.parent) if each.is_dir())
+            own = own.model_copy(update={"recording": config.recording.model_copy(update={"file": there})})
         for finding in before_loading(own, restart=True, shards=shards):
             found.setdefault(finding, []).append(number)
     for finding, numbers in found.items():
@@ -79,9 +80,8 @@ def _contradiction(config: Config, shards: int) -> Finding | None:
         what, cure = f"http.endpoint {http} has the port of a shard", "choose another one (--http 127.0.0.1:PORT)"
     elif folder is None:
         return None
-    elif not folder.is_dir():
-        what = f"recording.file {folder} is not a folder"
-        cure = "each shard has a folder of its own in it: name a folder that exists"
+    elif folder.suffix == SUFFIX or not (folder if folder.exists() else folder.parent).is_dir():
+        what, cure = f"recording.file {folder} is no folder, and each shard has one of its own in it", "name one"
     elif others := list(other_shards(folder, shards)):
         return others[0]
     elif lone := next(folder.glob(f"*{SUFFIX}"), None):
@@ -165,7 +165,7 @@ def claim(folder: Path, shards: int) -> None:
     """Make the folders for the recordings of shards, and the file with their number."""
     try:
         for number in range(shards):
-            (folder / f"shard-{number}").mkdir(exist_ok=True)
+            (folder / f"shard-{number}").mkdir(exist_ok=True, parents=True)
         if shards_in(folder) != shards:
             (folder / SHARDS_FILE).write_text(f"{shards}\n")
     except OSError as error:

@@ -471,7 +471,7 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
             exactness=each.exactness,
             max_streams=server.config.engine.max_streams,
         )
-    admin = {} if server.admin is None else {"http": server.admin.url}
+    admin = {} if server.admin is None or server.models.shard.count > 1 else {"http": server.admin.url}
     endpoint = re.sub(r"//(0\.0\.0\.0|\*|\[::\]):", "//127.0.0.1:", server.endpoint)
     asks, keys = f"ping -e {shlex.quote(endpoint)}", {}
     if (key_file := server.config.transport.key_file) is not None:
