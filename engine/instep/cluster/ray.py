@@ -160,9 +160,11 @@ def up(config: Config, shards: int, copies: int, adopt: str) -> str:
         options = _options(DIRECTORY, resources={"node:__internal_head__": 0.001})
         try:
             actor = ray.remote(DirectoryActor).options(**options).remote(arguments, config.model_dump_json())
+            return str(ray.get(actor.address.remote()))
         except ValueError:
             raise CommandProblem("a cluster is up: end it first, with instep cluster down --on ray") from None
-        return str(ray.get(actor.address.remote()))
+        except ray.exceptions.RayError as error:  # as where the head has no instep
+            raise CommandProblem(f"Ray cannot start the directory: {error}") from None
 
 
 def down() -> None:
