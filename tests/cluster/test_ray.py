@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import json
-import re
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from instep.cli import app
-from instep.cluster.ray import RESOURCE
 from instep_client import AsyncClient
 from tests.cluster.cluster import ClusterLoad
 from tests.cluster.ray_cluster import RayCluster
@@ -38,12 +34,6 @@ def test_what_is_missing(arguments: tuple[str, ...], named: str, monkeypatch: py
     result = CliRunner().invoke(app, [*UP, *arguments])
     assert result.exit_code == 2
     assert named in " ".join(result.stderr.split())
-
-
-def test_the_machines_of_ray_up_have_the_resource() -> None:
-    machines = yaml.safe_load((Path(__file__).parents[2] / "deploy" / "ray.yaml").read_text())
-    resources = [re.findall(r"--resources='(.*)'", line) for line in machines["worker_start_ray_commands"]]
-    assert [json.loads(text) for found in resources for text in found] == [{RESOURCE: 1}]
 
 
 @pytest.mark.long

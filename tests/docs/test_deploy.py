@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from instep.cluster.ray import RESOURCE
 from instep.config import Config, load_config
 from tests.docs.support.shell import assert_exists
 
@@ -32,6 +33,7 @@ SERVER_UNIT, AGENT_UNIT, DIRECTORY_UNIT = (service(unit) for unit in ("instep", 
 DOCKERFILE = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.M))
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVER = COMPOSE["services"]["server"]
+RAY = (DEPLOY / "ray.yaml").read_text()
 KUBERNETES: list[dict[str, Any]] = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "cluster.yaml").read_text()))
 
 
@@ -62,6 +64,7 @@ ENTRYPOINT, COMMAND = (json.loads(instructions(keyword)[0]) for keyword in ("ENT
         ENTRYPOINT + COMMAND,
         ENTRYPOINT + SERVER["command"],
         *(ENTRYPOINT + container(kind)["args"] for kind in ("StatefulSet", "Deployment")),
+        *(shlex.split(command) for command in re.findall(r"exec .* '(.+)'", RAY)),
     ],
     ids=" ".join,
 )
@@ -129,3 +132,8 @@ def test_agents_find_the_directory_that_there_is_one_of() -> None:
     (service,) = [each for each in KUBERNETES if each["kind"] == "Service" and each["metadata"]["name"] == host]
     assert [str(each["port"]) for each in service["spec"]["ports"]] == [port]
     assert listens[listens.index("--endpoint") + 1] == f"tcp://0.0.0.0:{port}"
+
+
+def test_machines_of_ray_that_serve_have_the_resource() -> None:
+    (command,) = [line for line in yaml.safe_load(RAY)["worker_start_ray_commands"] if "start" in line]
+    assert json.loads(re.findall(r"--resources='(.*)'", command)[0]) == {RESOURCE: 1}
