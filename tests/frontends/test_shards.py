@@ -121,7 +121,9 @@ async def test_a_shard_is_named_whether_the_name_is_allowed_or_not(tmp_path: Pat
         ("tcp://[::]:5757", "tcp://*:5757"),
         ("tcp://10.0.0.0:5757", "tcp://10.0.0.0:5757"),
         ("ipc:///run/instep.2", "ipc:///run/instep.2"),
+        ("ipc://run/instep.2", f"ipc://{Path.cwd()}/run/instep.2"),
+        ("ipc://@instep.2", "ipc://@instep.2"),
     ],
 )
-def test_an_endpoint_at_all_addresses_is_at_the_host_that_was_asked(endpoint: str, listed: str) -> None:
+def test_a_table_has_endpoints_that_clients_elsewhere_can_use(endpoint: str, listed: str) -> None:
     assert for_table(endpoint) == listed

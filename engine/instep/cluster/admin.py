@@ -79,7 +79,8 @@ async def serve_admin(config: HttpConfig, numbers: Numbers, sockets: Path, log: 
         except InvalidInput as error:
             log.error("not reloaded", reason=str(error))
             return
-        log.info("tokens reloaded", tokens=len(tokens or {}))
+        if tokens is not None:
+            log.info("tokens reloaded", tokens=len(tokens))
         if tokens != guard.tokens:
             guard.tokens = tokens
             for connection in list(server.server_state.connections):

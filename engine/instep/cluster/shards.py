@@ -137,15 +137,17 @@ def run(config: Config, shards: int, *, reread: Callable[[], Config], steps_apar
             claim(config.recording.file, shards)
         kept = [Kept() for _ in range(shards)]
         children = [Child(number, f"shard {number}", launch.log.bind(shard=number)) for number in range(shards)]
-        sockets = Path(tempfile.mkdtemp(prefix="instep-"))
+        sockets = None
         if config.http.endpoint is not None:
+            sockets = Path(tempfile.mkdtemp(prefix="instep-"))
             children.append(Child(shards, "the admin server", launch.log, is_helper=True))
         try:
             child = supervise(children, launch.service_manager.forget)
         except SystemExit:
-            shutil.rmtree(sockets, ignore_errors=True)
+            if sockets is not None:
+                shutil.rmtree(sockets, ignore_errors=True)
             raise
-        if child.is_helper:
+        if child.is_helper and sockets is not None:
             return asyncio.run(serve_admin(config.http, lambda: range(shards), sockets, launch.log))
         launch = replace(
             launch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,12 @@ from instep_client.protocol.wire import ShardTable, shard_of
 
 
 def for_table(endpoint: str) -> str:
-    """The endpoint as a table has it: one at all addresses of a machine is at the host by which a client asked."""
+    """The endpoint as a table has it: one at all addresses of a machine is at the host by which a client asked.
+
+    The path of a socket file is absolute, because clients may run in other folders.
+    """
+    if endpoint.startswith("ipc://") and not endpoint.startswith("ipc://@"):
+        return f"ipc://{os.path.abspath(endpoint[6:])}"
     return re.sub(r"//(0\.0\.0\.0|\[::\]):", "//*:", endpoint)
 
 

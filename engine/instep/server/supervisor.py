@@ -126,7 +126,7 @@ def _bury(child: Child, status: int, is_ending: bool, heard: set[signal.Signals]
     child.status = code if code >= 0 else 128 - code
     is_tried_again = code == _COULD_NOT_START and child.deaths and not is_ending
     if (code >= 0 and not is_tried_again) or (is_ending and -code in heard):  # a second one, when it had drained
-        if not (is_only or is_ending or child.is_helper):
+        if code and not (is_only or is_ending or child.is_helper):
             child.log.error("failed", reason=f"{child.name} ended with status {code}; the others go on")
         return
     child.pause_s = 2.0 ** (len(child.deaths) - 1) if is_tried_again else 0.0
