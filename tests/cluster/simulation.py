@@ -139,7 +139,8 @@ class Clock:
         while self._events and self._events[0][0] <= until:
             self.now, count, machine, act = heapq.heappop(self._events)
             if machine.frozen_until > self.now:
-                heapq.heappush(self._events, (machine.frozen_until, count, machine, act))
+                thaws = min(machine.frozen_until, self.now + 0.1)  # which may be earlier, if there is to be calm
+                heapq.heappush(self._events, (thaws, count, machine, act))
             else:
                 act()
         self.now = until
@@ -310,8 +311,6 @@ class Recording:
 
     term: int
     rows: list[tuple[float, Row]] = field(default_factory=list)
-    since: float = 0.0
-    former: Recording | None = None
 
     @property
     def position(self) -> tuple[int, int]:
@@ -339,14 +338,10 @@ class Node(Machine):
             self.agent = Agent(self)
 
     def lose_moments(self, seconds: float) -> None:
-        """Lose what was written last: rows, and files that were put in place."""
+        """Lose what was written last."""
         limit = self.world.clock.now - seconds
-        for shard, recording in list(self.disk.items()):
-            if recording.since > limit and recording.former is None:
-                del self.disk[shard]
-            else:
-                kept = recording.former if recording.since > limit and recording.former else recording
-                self.disk[shard] = Recording(kept.term, [row for row in kept.rows if row[0] <= limit])
+        for recording in self.disk.values():
+            recording.rows = [row for row in recording.rows if row[0] <= limit]
 
     def write(self, shard: int, row: Row) -> None:
         self.disk[shard].rows.append((self.world.clock.now, row))
@@ -435,13 +430,13 @@ class Holder(Process):
         node = self.node
         if what == "position":
             found = node.disk.get(self.shard)
-            return reply(found.position if found else (0, 0))
+            return reply(found.position[1] if found else 0)
         if what == "rows":
             seen = node.attempts.get(self.shard, (0, 0)) if Rule.RISING not in self.world.broken else (0, 0)
             if attempt[0] < self.term or attempt <= seen:
                 return reply(False)
             node.attempts[self.shard], self.attempt, self.taken = attempt, attempt, 0
-            self.incoming = Recording(attempt[0], list(of))
+            self.incoming = Recording(attempt[0], [(self.clock.now, row) for _, row in of])
             if Rule.OLD_COPY in self.world.broken:
                 node.disk.pop(self.shard, None)
             return self.clock.at(self.clock.random.uniform(0.0, 0.3), node, lambda: reply(self.is_alive))
@@ -450,7 +445,6 @@ class Holder(Process):
             return reply(False)
         self.taken += not is_late
         if what == "whole" and self.incoming is not None:
-            self.incoming.since, self.incoming.former = self.clock.now, node.disk.get(self.shard)
             node.disk[self.shard], self.incoming = self.incoming, None
         elif what == "row" and self.is_alive:
             for row in of:
@@ -507,7 +501,7 @@ class Server(Process):
 
     async def _live(self) -> None:
         await self.sleep(self.clock.random.uniform(0.05, 0.3))
-        recording = self.node.disk.setdefault(self.shard, Recording(self.term, since=self.clock.now))
+        recording = self.node.disk.setdefault(self.shard, Recording(self.term))
         for _, row in recording.rows:
             self._replay(row)
         while not await self._begin(recording):
@@ -539,9 +533,12 @@ class Server(Process):
             return True
         link = Link(self.world.node(self.role.other), self.role.attempt)
         theirs = await self._to_copy(link, "position", None, number=0)
-        if theirs and Rule.MORE not in self.world.broken and theirs > (recording.term, len(recording.rows)):
+        if theirs and Rule.MORE not in self.world.broken and theirs > len(recording.rows):
             await self._ask_directory("behind", self.role.attempt)
             await self._end("its copy has more")
+        if recording.term != self.term:  # the copy is that of the former server, which has ended in order
+            await self._drop(Link(link.node, self.role.attempt))
+            return True
         is_taken = await self._to_copy(link, "rows", recording.rows, number=0)
         if not is_taken or not await self._to_copy(link, "whole", None):
             await self._drop(link)
@@ -965,7 +962,8 @@ class World:
                     return False
             elif not isinstance(server, Server) or not server.is_serving:
                 return False
-        return all(each.agent.is_alive for each in self.nodes)
+        heard = self.directory.rules.nodes.values()
+        return len(heard) == len(self.nodes) and all(self.clock.now - each.heard_at < 2 * HEARTBEAT_S for each in heard)
 
 
 def simulate(seed: int, broken: frozenset[Rule] = frozenset(), seconds: float = 40.0) -> Counter[str]:

@@ -144,6 +144,15 @@ def power_of_the_server_fails(world: World) -> None:
     server.kill(back_s=0.3)
 
 
+def power_of_the_next_server_fails(world: World) -> None:
+    _, copy, _ = nodes(world)
+    former = world.server(0)
+    world.directory.rules.move(0, copy.name)
+    world.run_until(lambda: not former.is_alive)
+    copy.lose_moments(0.3)
+    copy.kill(back_s=0.3)
+
+
 SCENARIOS: list[tuple[Callable[[World], None], tuple[Rule, ...]]] = [
     (transactions_do_not_arrive, (Rule.BOTH,)),
     (server_is_cut_off_from_the_directory, (Rule.FENCE,)),
@@ -157,6 +166,7 @@ SCENARIOS: list[tuple[Callable[[World], None], tuple[Rule, ...]]] = [
     (server_begins_on_an_old_role, (Rule.BEGINS,)),
     (server_begins_again_and_is_lost, (Rule.BACK,)),
     (power_of_the_server_fails, (Rule.MORE,)),
+    (power_of_the_next_server_fails, (Rule.MORE,)),
 ]
 
 

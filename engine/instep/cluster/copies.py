@@ -52,6 +52,8 @@ _COPIED_FIRST_BYTES: Final = 2**26
 _WHOLE_S: Final = 30.0
 """The time in which all of a new copy is on the disk, and in its place."""
 _AGAIN_S: Final = 1.0
+COMPLETE: Final = "complete.json"
+"""Beside recordings: in which term, and since which start of the machine, they have all that they should have."""
 _KINDS: Final = "new", "old", "json"
 
 
@@ -132,7 +134,7 @@ class CopiedShard:
         """
         settle(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        complete, now = self._folder / "complete.json", {"term": self._shard.term, "boot": _boot()}
+        now = {"term": self._shard.term, "boot": _boot()}
         while (role := self._directory.begins(self._shard.number, self._shard.term, self._node)) is not None:
             self._role, self.is_used = role, role.needs_copy
             theirs = self._positions_of_copy() if role.counts else {}
@@ -140,15 +142,18 @@ class CopiedShard:
             if theirs is not None and any(position > own.get(file, 0) for file, position in theirs.items()):
                 self._directory.behind(role.shard, role.term, role.attempt)
                 raise CannotServe(f"the copy of shard {role.shard} on {role.other} has more than the recording here")
-            # Until the machine is started again, a server has all that it has ever committed in its term.
-            if theirs is None and _read_note(complete) != now:
+            # Until the machine is started again, a recording has all that was ever committed in it.
+            note = _read_note(self._folder / COMPLETE)
+            if theirs is None and note.get("boot") != now["boot"]:
                 reason = "the recording may lack its end, and the copy, which counts, does not answer"
                 self._log.warning("waiting for the copy", node=role.other, reason=reason)
                 time.sleep(_AGAIN_S)
                 continue
             if theirs is None:
                 self._drop("it does not answer")
-            _write_note(complete, now)
+            elif role.counts and note.get("term") != now["term"]:
+                self._drop("the former server has ended in order, and another copy is made")
+            _write_note(self._folder / COMPLETE, now)
             return
         raise CannotServe(f"shard {self._shard.number} has had another server since term {self._shard.term}")
 
@@ -477,12 +482,13 @@ class HeldCopy:
 
     def _begin(self, term: int, attempt: int, durability: Durability) -> None:
         seen = _read_note(self._seen) or {"term": 0, "attempt": 0}
-        if term < seen["term"] or attempt <= seen["attempt"]:
+        if (term, attempt) <= (seen["term"], seen["attempt"]):  # a directory whose store was lost begins at 1 again
             raise ValueError(f"attempt {seen['attempt']} of term {seen['term']} was seen before {attempt} of {term}")
         _write_note(self._seen, {"term": term, "attempt": attempt})
         self.close()
         shutil.rmtree(self._new, ignore_errors=True)
         self._new.mkdir()
+        _write_note(self._new / COMPLETE, {"term": term, "boot": _boot()})
         self._durability, self._is_whole = durability, False
 
     def _write(self, name: str, statements: list[Any]) -> None:

@@ -201,7 +201,9 @@ class Assignments:
         """The server has ended in order; said until the node's role is another one."""
         view = self.shards[shard]
         if view.term == term and view.target and view.copy == view.target and self.is_alive(view.copy):
-            self._begin_term(shard, view.copy, f"moved from {view.server}")
+            # the next server compares its recording with the former one's, since its machine may have failed meanwhile
+            former = view.server if self.copies else ""
+            self._begin_term(shard, view.copy, f"moved from {view.server}", copy=former)
 
     def gone(self, shard: int, term: int) -> None:
         """The node that is to serve a shard does not have its recording; said until its role is another one."""
@@ -429,12 +431,12 @@ class Assignments:
         self._change(shard, f"is copied to {node}", joining=node, attempt=view.attempt + 1)
         copies[node] += 1
 
-    def _begin_term(self, shard: int, node: str, event: str, term: int = 0, *, begun: bool = True) -> None:
+    def _begin_term(
+        self, shard: int, node: str, event: str, term: int = 0, *, copy: str = "", begun: bool = True
+    ) -> None:
+        rest = {"copy": copy, "joining": "", "target": "", "numerics": self.nodes[node].report.numerics}
         term = term or self.shards[shard].term + 1
-        numerics = self.nodes[node].report.numerics
-        self._change(
-            shard, event, term=term, server=node, copy="", joining="", target="", begun=begun, numerics=numerics
-        )
+        self._change(shard, event, term=term, server=node, begun=begun, **rest)
 
     def _drain(self, nodes: frozenset[str]) -> None:
         self.store("drained", {"nodes": sorted(nodes)})
