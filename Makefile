@@ -21,7 +21,7 @@ DEMO_READY := $(VENV)/.ready-demo
 unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(DEMO_READY)  ## Stream recorded speech and verify every output; KEEP=1 keeps streaming, for the dashboard
 	$(BIN)/instep demo $(if $(filter-out 0,$(KEEP)),--keep)

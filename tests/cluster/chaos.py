@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import psutil
 
-from instep_client import AsyncClient
 from tests.cluster.cluster import DEAD_S, Cluster, ClusterLoad, ClusterNode
 
 LOG: Final = ("--set", "log.format=json")
@@ -139,8 +138,7 @@ async def run(folder: Path, rounds: int, seed: int, kind_of_cluster: type[Cluste
     order = [kind for _ in range(-(-rounds // len(KINDS))) for kind in random_.sample(KINDS, len(KINDS))][:rounds]
     async with kind_of_cluster(folder, nodes=3, arguments=LOG) as cluster:
         load = ClusterLoad(cluster.shards, seed)
-        endpoint = ",".join(f"tcp://{node.address}:{node.port}" for node in cluster.nodes)
-        async with AsyncClient(endpoint, timeout_s=5.0, reconnect_s=120.0) as client, asyncio.TaskGroup() as tasks:
+        async with cluster.connect() as client, asyncio.TaskGroup() as tasks:
             running = tasks.create_task(load.run(client))
             await load.progress()
             faults = Faults(cluster, load, random_)

@@ -21,8 +21,10 @@ from instep.cluster.talk import Caller, NoAnswer
 from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep_client import AsyncClient
+from instep_client.key_files import read_client_keys
 from instep_client.protocol.wire import shard_of
 from tests.chaos.load import Kept
+from tests.support.keys import KeyRing
 from tests.support.models import SMALL, whole
 from tests.support.warm import WarmProcess
 
@@ -49,7 +51,7 @@ class ClusterNode:
             *("cluster", "agent", str(self._cluster.folder / "model"), "--record", str(self.folder)),
             *("--endpoint", f"tcp://127.0.0.1:{self.port}", "--http", "off", "--name", self.name),
             *("--directory", self._cluster.directory, "--set", "recording.recovery_target_s=0.05"),
-            *("--set", "cluster.copy_timeout_s=1", *self._cluster.arguments),
+            *("--set", "cluster.copy_timeout_s=1", *self._cluster.arguments_of(self.name)),
         ]
         log = self._cluster.folder / f"{self.name}.log"
         self._process = WarmProcess(command, output=os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
@@ -119,13 +121,17 @@ class Cluster:
     def __init__(
         self, folder: Path, nodes: int = 2, shards: int = 4, copies: int = 1, arguments: Sequence[str] = ()
     ) -> None:
-        self.folder, self.shards, self.copies, self.arguments = folder, shards, copies, arguments
+        self.folder, self.shards, self.copies = folder, shards, copies
+        names = [f"n{k}" for k in range(nodes)]
+        self.arguments = arguments
+        peers = {name: {"role": "node"} for name in (*names, "directory")}
+        self.ring = KeyRing(folder, mic={}, ann={"role": "operator"}, **peers)
         write_model(folder / "model", SMALL)
         ports = _free_ports(1 + 2 * shards * nodes)
         self.directory = f"127.0.0.1:{ports}"
         self.nodes = [ClusterNode(self, f"n{k}", ports + 1 + 2 * shards * k) for k in range(nodes)]
         self._process: WarmProcess | None = None
-        self._caller = Caller(f"tcp://{self.directory}")
+        self._caller = Caller(f"tcp://{self.directory}", read_client_keys(**self.ring.of_client("ann", "directory")))
 
     async def __aenter__(self) -> Self:
         self.start_directory()
@@ -148,17 +154,24 @@ class Cluster:
             for file in sorted(self.folder.glob("*.log")):
                 print(f"── {file.name}\n{file.read_text()[-6000:]}")  # noqa: T201
 
+    def arguments_of(self, name: str) -> list[str]:
+        """The arguments of a node or of the directory: servers have one key for clients, and each of these its own."""
+        self.ring.make(name)
+        return [*self.arguments, *self.ring.arguments, "--set", f"cluster.key_file={self.folder / name}.key_secret"]
+
+    def connect(self) -> AsyncClient:
+        """A client that is given the first port of each node."""
+        return self._connect(**self.ring.of_client("mic"))
+
+    def _connect(self, **keys: Any) -> AsyncClient:
+        endpoint = ",".join(f"tcp://{node.address}:{node.port}" for node in self.nodes)
+        return AsyncClient(endpoint, timeout_s=5.0, reconnect_s=120.0, **keys)
+
     def start_directory(self) -> None:
         command = [
             *("cluster", "directory", "--store", str(self.folder / "store"), "--shards", str(self.shards)),
-            *(
-                "--copies",
-                str(self.copies),
-                "--endpoint",
-                f"tcp://{self.directory}",
-                "--set",
-                f"cluster.dead_s={DEAD_S}",
-            ),
+            *("--copies", str(self.copies), "--endpoint", f"tcp://{self.directory}"),
+            *("--set", f"cluster.dead_s={DEAD_S}", *self.arguments_of("directory")),
         ]
         log = self.folder / "directory.log"
         self._process = WarmProcess(command, output=os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))

@@ -16,6 +16,7 @@ import psutil
 
 from instep.cluster.ray import PORT, RESOURCE
 from instep.cluster.talk import Caller, NoAnswer
+from instep_client import AsyncClient
 from tests.cluster.cluster import DEAD_S, Cluster, ClusterNode
 
 _FIRST_PORT: Final = 5757
@@ -76,6 +77,10 @@ class RayCluster(Cluster):
         node = RayNode(self, f"n{len(self.nodes)}", f"{self._addresses}{3 + len(self.nodes)}")
         self.nodes.append(node)
         return node
+
+    def connect(self) -> AsyncClient:
+        """A client without keys, which this cluster does not have."""
+        return self._connect()
 
     def start_directory(self) -> None:
         """Start Ray's head; where it runs, Ray starts the directory by itself."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 
-from instep_client import AsyncClient
 from tests.cluster.cluster import Cluster, ClusterLoad
 
 
@@ -19,8 +18,7 @@ async def under_load(folder: Path, **size: Any) -> AsyncIterator[tuple[Cluster, 
     """A cluster that serves; at the end, all outputs, recordings and copies are checked."""
     async with Cluster(folder, **size) as cluster:
         load = ClusterLoad(cluster.shards)
-        endpoint = f"tcp://127.0.0.1:{cluster.nodes[0].port}"
-        async with AsyncClient(endpoint, timeout_s=5.0, reconnect_s=60.0) as client, asyncio.TaskGroup() as tasks:
+        async with cluster.connect() as client, asyncio.TaskGroup() as tasks:
             running = tasks.create_task(load.run(client))
             await load.progress()
             yield cluster, load

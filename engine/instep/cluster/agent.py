@@ -379,12 +379,12 @@ class Agent:
         return serve_one(launch, Kept(), on_ready=on_ready)
 
     def _hold(self, role: ShardRole, pipe: socket.socket) -> int:
-        transport = config_of_shard(self._launch.config, self._shards + role.shard).transport
+        transport = config_of_shard(self._launch.config, self._shards + role.shard).node_transport
         hold_copy(transport, ServerKeys.read(transport), self._folder_of(role.shard))
 
     def _call(self, endpoint: str, name: str) -> Caller:
         """A connection to the directory, or to the copy on the node of this name."""
-        return Caller(endpoint, keys_for(self._launch.config.transport, name), MAX_MESSAGE_BYTES)
+        return Caller(endpoint, keys_for(self._launch.config.node_transport, name), MAX_MESSAGE_BYTES)
 
     def _folder_of(self, shard: int) -> Path:
         return self._folder / f"shard-{shard}"
@@ -429,7 +429,7 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
     if folder is None or config.recording.durability == "memory":
         raise CannotServe("a node records: give --record FOLDER, and recording.durability commit or fsync")
     log = make_log(config.log)
-    caller = Caller(f"tcp://{directory}", keys_for(config.transport, DIRECTORY))
+    caller = Caller(f"tcp://{directory}", keys_for(config.node_transport, DIRECTORY))
     try:
         shards = DirectoryClient(caller, log).shards()
     finally:

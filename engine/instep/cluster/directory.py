@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -75,7 +76,7 @@ class Store:
         self.problem = ""
         if event := row.get("event"):
             about = {name: row[name] for name in ("term", "server", "copy", "joining", "target") if row[name]}
-            self._log.info(event, shard=int(key.removeprefix("shard-")), **about)
+            self._log.info("decided", shard=int(key.removeprefix("shard-")), change=event, **about)
 
     def close(self) -> None:
         """Let another directory use the folder."""
@@ -112,6 +113,8 @@ class Directory:
                     self._rules.decide(now)
                 except OSError:
                     self._report_store()
+            if failures := self._listener.failures():
+                self._log.warning("handshakes failed", **failures)
             if self._told != self._version:
                 self._told = self._version
                 for node, connection in self._agents.items():
@@ -166,7 +169,7 @@ class Directory:
             answer = getattr(self._rules, verb)(*arguments)
             return _with_port(answer, self._rules.count) if isinstance(answer, ShardRole) else answer
         if verb in _BY_OPERATORS:
-            self._log.info(verb, arguments=arguments, principal=request.principal or "local")
+            self._log.info("asked", verb=verb, arguments=arguments, principal=request.principal or "local")
             return getattr(self._rules, verb)(*arguments)
         raise ValueError("unknown verb")
 
@@ -242,7 +245,7 @@ def make_directory(
     Raises:
         CannotServe, InvalidInput: it cannot start.
     """
-    store, keys = Store(folder, log), ServerKeys.read(config.transport)
+    store, keys = Store(folder, log), ServerKeys.read(config.node_transport)
     try:
         rules = Assignments(
             shards,
@@ -255,7 +258,7 @@ def make_directory(
             accept_numerics_change=config.cluster.accept_numerics_change,
             adopt=adopt,
         )
-        listener = Listener(config.transport, keys, frozenset({"status", *_BY_OPERATORS}))
+        listener = Listener(config.node_transport, keys, frozenset({"status", *_BY_OPERATORS}))
     except OSError:
         raise CannotServe(store.problem) from None
     except (CannotListen, ClusterRefused) as error:
@@ -281,10 +284,11 @@ def run(config: Config, folder: Path, shards: int, copies: int, adopt: Collectio
 
 
 class DirectoryClient:
-    """What a server asks the directory; each method returns when it has answered, however long it is away."""
+    """What a server asks the directory, in any thread; each method waits until it has answered."""
 
     def __init__(self, caller: Caller, log: structlog.stdlib.BoundLogger) -> None:
         self._caller, self._log = caller, log
+        self._asking = threading.Lock()
 
     def shards(self) -> int:
         """The number of shards of the cluster."""
@@ -311,7 +315,8 @@ class DirectoryClient:
         reported = False
         while True:
             try:
-                return self._caller.ask(verb, *arguments, within_s=_ASK_WITHIN_S)
+                with self._asking:
+                    return self._caller.ask(verb, *arguments, within_s=_ASK_WITHIN_S)
             except (NoAnswer, Rejected) as error:
                 if not reported:
                     self._log.warning("waits for the directory", asks=verb, reason=str(error))

@@ -118,6 +118,11 @@ class Listener:
         """Send what nobody asked for, or drop it if it cannot be sent now."""
         self._router.send(connection, [msgpack.packb([0, True, value])])
 
+    def failures(self) -> dict[str, Any]:
+        """See `Authenticator.failures`."""
+        authenticator = self._router.authenticator
+        return {} if authenticator is None else authenticator.failures()
+
     def admit(self, principals: Principals) -> None:
         """Hear these from now on, where there are keys."""
         if self._router.authenticator is not None:

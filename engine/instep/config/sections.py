@@ -276,6 +276,7 @@ class AuditConfig(Section):
 class ClusterConfig(Section):
     """A cluster: how long silence is waited for, and what a shard may do without."""
 
+    key_file: Path | None = None
     dead_s: Annotated[float, Field(ge=0.5, le=3600)] = 3.0
     copy_timeout_s: Annotated[float, Field(ge=0.1, le=3600)] = 2.0
     needs_copy: bool = False
@@ -296,6 +297,12 @@ class Config(Section):
     log: LogConfig = LogConfig()
     audit: AuditConfig = AuditConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def node_transport(self) -> TransportConfig:
+        """The transport between nodes and the directory, where each has keys of its own."""
+        own = self.cluster.key_file or self.transport.key_file
+        return self.transport.model_copy(update={"key_file": own})
 
     @model_validator(mode="after")
     def _verifies_what_is_recorded(self) -> Self:
