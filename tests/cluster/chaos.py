@@ -148,6 +148,7 @@ async def run(folder: Path, rounds: int, seed: int, kind_of_cluster: type[Cluste
                 shard = max(range(cluster.shards), key=lambda shard: load.longest_gap(began, shard))
                 found.append(_interruption(kind, cluster, load, shard, began, began_at))
                 print(f"{number + 1:3} {kind:24} {found[-1].seconds:6.2f} s", flush=True)  # noqa: T201
+                await cluster.until_all_are_heard()
                 await cluster.until_whole()
             load.stop()
             await running

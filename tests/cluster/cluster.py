@@ -221,6 +221,10 @@ class Cluster:
     def _decisions(self) -> list[tuple[int, int]]:
         return [(each["term"], each["attempt"]) for each in self.status()]
 
+    async def until_all_are_heard(self) -> None:
+        """Until no node is lost."""
+        await self.until(lambda _: all(node["alive"] for node in self.ask("status")["nodes"]))
+
     def server_of(self, shard: int, status: list[dict[str, Any]] | None = None) -> psutil.Process:
         """The process that serves a shard, or served it by an earlier status."""
         node = self.node((status or self.status())[shard]["server"])

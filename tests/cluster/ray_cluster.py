@@ -120,11 +120,11 @@ class RayCluster(Cluster):
         """What runs on the head and on nodes besides Ray."""
         return _programs([*_processes(self._head), *(process for node in self.nodes for process in node.processes())])
 
-    def status(self) -> list[dict[str, Any]]:
-        for _ in range(10):  # a request that is on its way while the directory ends is not answered
+    def ask(self, verb: str, *arguments: Any) -> Any:
+        for _ in range(10 * (verb == "status")):  # a request is not answered that finds the directory ending
             with contextlib.suppress(NoAnswer):
-                return list(self._caller.ask("status", within_s=3.0)["shards"])
-        raise NoAnswer("the directory does not come back")
+                return self._caller.ask(verb, within_s=3.0)
+        return super().ask(verb, *arguments)
 
     async def __aexit__(self, *error: object) -> None:
         await super().__aexit__(*error)

@@ -33,7 +33,7 @@ SERVER_UNIT, AGENT_UNIT, DIRECTORY_UNIT = (service(unit) for unit in ("instep", 
 DOCKERFILE = re.sub(r"\\\n\s*", "", re.sub(r"^#.*\n", "", (DEPLOY / "Dockerfile").read_text(), flags=re.M))
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVER = COMPOSE["services"]["server"]
-RAY = (DEPLOY / "ray.yaml").read_text()
+RAY = (ROOT / "configs" / "cluster.yaml").read_text()
 KUBERNETES: list[dict[str, Any]] = list(yaml.safe_load_all((DEPLOY / "kubernetes" / "cluster.yaml").read_text()))
 
 
