@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,19 +18,20 @@ PAUSE_S = 0.1
 class Cluster:
     """A directory whose nodes do at once what they are told."""
 
-    def __init__(self, shards: int = 2, nodes: str = "abc", stored: Any = None, **settings: Any) -> None:
-        self.kept: dict[str, Mapping[str, Any]] = stored if stored is not None else {}
+    def __init__(self, shards: int = 2, nodes: str = "abc", kept: Any = None, **settings: Any) -> None:
+        self.kept: dict[str, Mapping[str, Any]] = {} if kept is None else kept
         self.is_full = False
         self.rules = Assignments(shards, self._store, dict(self.kept), **settings)
         self.reports = {name: NodeReport(name, f"{name}:1") for name in nodes}
         self.now = 0.0
+        self.most_moves = 0
 
     def _store(self, key: str, row: Mapping[str, Any]) -> None:
         if self.is_full:
             raise OSError("no space")
         self.kept[key] = dict(row)
 
-    def run(self, seconds: float = 10.0, silent: Collection[str] = (), serving: bool = True) -> None:
+    def run(self, seconds: float = 30.0, silent: str = "") -> None:
         """Let time pass; servers begin, copy, drop and end as they should, except on `silent` nodes."""
         until = self.now + seconds
         while self.now < until:
@@ -36,37 +40,316 @@ class Cluster:
                 if report.name not in silent:
                     self.rules.heard(report, self.now)
             self.rules.decide(self.now)
-            for role in self.servers() if serving else ():
-                node = self.rules.shards[role.shard].server
-                if node in silent:
-                    continue
-                if self.rules.table().endpoints[role.shard] == "":
-                    assert self.rules.begins(role.shard, role.term, node) is not None
-                    self.rules.serves(role.shard, role.term, node, f"tcp://{node}")
-                elif role.other and role.other in silent:
-                    assert self.rules.dropped(role.shard, role.term, role.attempt)
-                elif role.ends:
-                    self.rules.ended(role.shard, role.term)
-                elif role.other and not role.counts:
-                    assert self.rules.attached(role.shard, role.term, role.attempt)
+            self.most_moves = max(self.most_moves, sum(bool(view.target) for view in self.rules.shards))
+            for node in self.rules.nodes.keys() - set(silent):
+                for role in self.rules.roles(node):
+                    if role.is_server:
+                        self._serve(node, role, silent)
 
-    def servers(self) -> list[ShardRole]:
-        return [role for name in self.rules.nodes for role in self.rules.roles(name) if role.is_server]
+    def _serve(self, node: str, role: ShardRole, silent: str) -> None:
+        rules, (shard, term) = self.rules, role[:2]
+        if not rules.table().endpoints[shard]:
+            begun = rules.begins(shard, term, node)
+            assert begun is not None
+            if begun.counts:
+                assert rules.dropped(shard, term, begun.attempt)
+            rules.serves(shard, term, node, f"tcp://{node}")
+        elif role.other and role.other in silent:
+            assert rules.dropped(shard, term, role.attempt)
+        elif role.ends:
+            rules.ended(shard, term)
+        elif role.other and not role.counts:
+            assert rules.attached(shard, term, role.attempt)
 
     def places(self) -> list[tuple[int, str, str]]:
         """Term, server and copy of each shard."""
         return [(view.term, view.server, view.copy) for view in self.rules.shards]
 
-    def refused(self, what: str, *args: Any) -> str:
-        with pytest.raises(ClusterRefused) as caught:
-            getattr(self.rules, what)(*args)
-        return caught.value.code
+    def counts(self) -> tuple[list[int], list[int]]:
+        """How many servers and copies the nodes have, the fewest first."""
+        views = self.rules.shards
+        alive = [name for name in self.rules.nodes if self.rules.is_alive(name)]
+        servers, copies = Counter(view.server for view in views), Counter(view.copy for view in views)
+        return sorted(servers[name] for name in alive), sorted(copies[name] for name in alive)
+
+    def reports_of(self, name: str, **changes: Any) -> None:
+        self.reports[name] = self.reports.get(name, NodeReport(name, f"{name}:1"))._replace(**changes)
+
+
+@contextmanager
+def refused(code: str, *names: str) -> Iterator[None]:
+    with pytest.raises(ClusterRefused) as caught:
+        yield
+    assert caught.value.code == code
+    assert all(name in str(caught.value) for name in names)
+
+
+def running(**settings: Any) -> Cluster:
+    cluster = Cluster(**settings)
+    cluster.run()
+    return cluster
 
 
 def test_servers_and_copies_are_on_different_nodes_and_evenly_many() -> None:
-    cluster = Cluster(shards=6)
-    cluster.run()
-    for of in (1, 2):
-        assert sorted(each[of] for each in cluster.places()) == ["a", "a", "b", "b", "c", "c"]
+    cluster = running(shards=6)
+    assert cluster.counts() == ([2, 2, 2], [2, 2, 2])
     assert all(term == 1 and server != copy for term, server, copy in cluster.places())
     assert cluster.rules.table().endpoints == tuple(f"tcp://{server}" for _, server, _ in cluster.places())
+    assert cluster.rules.table().terms.tolist() == [1] * 6
+
+
+def test_copies_take_the_place_of_lost_servers_and_other_nodes_that_of_lost_copies() -> None:
+    cluster = running(shards=6)
+    before = cluster.places()
+    cluster.run(silent="a")
+    for (_, server, copy), (term, now, other) in zip(before, cluster.places(), strict=True):
+        assert (term, now) == ((2, copy) if server == "a" else (1, server))
+        assert other in {"b", "c"} - {now}
+
+
+def test_nothing_is_decided_before_all_nodes_had_time_to_be_heard() -> None:
+    cluster = running()
+    before = cluster.places()
+    cluster.now += 60.0  # the directory was stopped
+    cluster.run(1.0, silent="a")
+    assert [each[:2] for each in cluster.places()] == [each[:2] for each in before]
+    again = Cluster(kept=cluster.kept)
+    again.run(2.5, silent="a")
+    assert [each[:2] for each in again.places()] == [each[:2] for each in before]
+
+
+def test_a_new_node_gets_its_share_by_one_move_after_another() -> None:
+    cluster = running(shards=8, nodes="ab")
+    assert cluster.counts() == ([4, 4], [4, 4])
+    cluster.reports_of("c")
+    cluster.reports_of("d")
+    cluster.run(120.0)
+    assert cluster.counts() == ([2, 2, 2, 2], [2, 2, 2, 2])
+    assert cluster.most_moves == 1
+    settled = cluster.rules.version
+    cluster.run()
+    assert cluster.rules.version == settled
+
+
+def test_a_drained_node_ends_up_with_nothing_and_gets_nothing() -> None:
+    cluster = running(shards=6)
+    cluster.rules.drain("b")
+    cluster.run(120.0)
+    assert cluster.counts() == ([0, 3, 3], [0, 3, 3])
+    assert cluster.most_moves == 1
+    assert Cluster(shards=6, kept=cluster.kept).rules.drained == {"b"}
+    cluster.run(silent="c")
+    assert all(server == "a" and copy == "" for _, server, copy in cluster.places())
+    with refused("NOT_NEEDED", "a"):
+        cluster.rules.undrain("a")
+    cluster.rules.undrain("b")
+    cluster.run(120.0)
+    assert cluster.counts() == ([2, 2, 2], [2, 2, 2])
+
+
+def test_a_shard_is_moved_through_its_copy() -> None:
+    cluster = running(shards=1)
+    _, server, copy = cluster.places()[0]
+    cluster.rules.drain(server)  # else it would be balanced again
+    third = ({*"abc"} - {server, copy}).pop()
+    cluster.run(1.0)
+    cluster.run()
+    assert cluster.places() == [(2, copy, third)]
+    with refused("NOT_NEEDED", copy):
+        cluster.rules.move(0, copy)
+    with refused("UNKNOWN_SHARD", "1"):
+        cluster.rules.move(1, third)
+    with refused("NODE_AWAY", "d"):
+        cluster.rules.move(0, "d")
+    cluster.rules.move(0, third)
+    with refused("BUSY", third):
+        cluster.rules.move(0, server)
+
+
+def test_an_older_copy_counts_until_the_next_one_is_whole() -> None:
+    cluster = running(shards=1)
+    term, server, copy = cluster.places()[0]
+    third = ({*"abc"} - {server, copy}).pop()
+    rules = cluster.rules
+    rules.move(0, third)
+    rules.decide(cluster.now)
+    view = rules.shards[0]
+    assert (view.copy, view.joining) == (copy, third)
+    roles = {name: rules.roles(name)[0] for name in "abc"}
+    assert (roles[server].other, roles[server].counts, roles[server].attempt) == (third, False, view.attempt)
+    assert (roles[copy].counts, roles[copy].attempt) == (True, view.copy_attempt)
+    assert rules.attached(0, term, view.attempt)
+    assert (rules.shards[0].copy, rules.shards[0].joining) == (third, "")
+    assert not rules.dropped(0, term, view.copy_attempt), "another copy counts"
+    assert not rules.dropped(0, term - 1, view.attempt)
+
+
+def test_a_copy_that_fails_again_and_again_is_tried_less_and_less_often() -> None:
+    cluster = running(shards=1, nodes="ab")
+    cluster.rules.dropped(0, 1, cluster.rules.shards[0].copy_attempt)
+    attempts = []
+    for _ in range(1000):
+        cluster.now += PAUSE_S
+        for report in cluster.reports.values():
+            cluster.rules.heard(report, cluster.now)
+        cluster.rules.decide(cluster.now)
+        if (view := cluster.rules.shards[0]).joining:
+            attempts.append(cluster.now)
+            assert cluster.rules.dropped(0, 1, view.attempt)
+    pauses = [round(after - before) for before, after in pairwise(attempts)]
+    assert pauses[:4] == [2, 4, 8, 16]
+
+
+def test_a_server_that_begins_gets_another_number_and_one_of_a_former_term_none() -> None:
+    cluster = running(shards=1)
+    term, server, copy = cluster.places()[0]
+    attempt = cluster.rules.shards[0].attempt
+    role = cluster.rules.begins(0, term, server)
+    assert role is not None
+    assert (role.other, role.counts) == (copy, True)
+    assert role.attempt > attempt
+    assert not cluster.rules.dropped(0, term, attempt), "the copy counts in another attempt"
+    assert cluster.rules.behind(0, term, role.attempt)
+    assert cluster.rules.shards[0][:2] == (term + 1, copy)
+    assert cluster.rules.begins(0, term, server) is None
+    assert cluster.rules.begins(0, term + 1, server) is None
+    assert not cluster.rules.behind(0, term, role.attempt)
+
+
+def test_a_store_that_fails_changes_nothing() -> None:
+    cluster = running(shards=1)
+    before, version = cluster.places(), cluster.rules.version
+    cluster.is_full = True
+    term, server, copy = before[0]
+    for act in (
+        lambda: cluster.rules.begins(0, term, server),
+        lambda: cluster.rules.dropped(0, term, cluster.rules.shards[0].copy_attempt),
+        lambda: cluster.rules.move(0, copy),
+        lambda: cluster.rules.drain("a"),
+    ):
+        with pytest.raises(OSError, match="no space"):
+            act()
+    assert (cluster.places(), cluster.rules.version, cluster.rules.drained) == (before, version, frozenset())
+
+
+def test_a_recording_that_is_gone_is_never_begun_anew_by_itself() -> None:
+    cluster = running(shards=1)
+    term, server, copy = cluster.places()[0]
+    cluster.rules.gone(0, term - 1)
+    assert cluster.places() == [(term, server, copy)]
+    cluster.rules.gone(0, term)
+    assert cluster.places() == [(term + 1, copy, "")]
+    cluster.rules.gone(0, term + 1)
+    cluster.run(1.0, silent="abc")
+    assert cluster.rules.shards[0].begun
+    assert copy in cluster.rules.status()[0].problem
+    cluster.reports_of(server, has={0: (term, 70)})
+    cluster.run(0.1, silent=copy)
+    with refused("OLDER", server):
+        cluster.rules.accept_loss(0, copy)
+    cluster.rules.accept_loss(0, server)
+    assert cluster.rules.shards[0][:2] == (term + 2, server)
+    assert cluster.rules.shards[0].begun
+    with refused("NOT_NEEDED", server):
+        cluster.rules.accept_loss(0, copy)
+
+
+def test_a_lost_shard_without_any_recording_is_begun_anew_when_an_operator_says_so() -> None:
+    cluster = running(shards=1, nodes="a", copies=0)
+    cluster.rules.gone(0, 1)
+    cluster.rules.accept_loss(0, "a")
+    assert cluster.rules.shards[0][:2] == (2, "a")
+    assert not cluster.rules.shards[0].begun
+
+
+def test_a_directory_whose_store_is_lost_adopts_the_newest_recordings() -> None:
+    has = {"a": {0: (3, 10), 1: (4, 90)}, "b": {0: (3, 20), 1: (5, 1)}, "c": {}}
+    lost = Cluster()
+    for name, found in has.items():
+        lost.reports_of(name, has=found)
+    lost.run()
+    assert [term for term, _, _ in lost.places()] == [0, 0]
+    assert "--adopt" in lost.rules.status()[0].problem
+    again = Cluster(adopt=("a", "b"))
+    again.reports = lost.reports
+    again.run(silent="b")
+    assert [term for term, _, _ in again.places()] == [0, 0]
+    again.run(0.2)
+    assert [each[:2] for each in again.places()] == [(4, "b"), (6, "b")]
+
+
+def test_a_shard_without_a_recording_is_not_begun_when_the_others_are_adopted() -> None:
+    cluster = Cluster(adopt=("a",))
+    cluster.reports_of("a", has={0: (3, 10)})
+    cluster.run(4.0)
+    assert cluster.rules.shards[0][:2] == (4, "a")
+    assert cluster.rules.shards[1].begun
+
+
+def test_nodes_that_compute_other_bits_hold_copies_and_do_not_serve() -> None:
+    cluster = Cluster(shards=2, nodes="ab")
+    cluster.reports_of("a", numerics="cpu")
+    cluster.reports_of("b", numerics="cpu")
+    cluster.run()
+    cluster.reports_of("g", numerics="cuda")
+    cluster.run()
+    assert cluster.counts() == ([0, 1, 1], [0, 1, 1])
+    with refused("OTHER_NUMERICS", "g"):
+        cluster.rules.move(0, "g")
+    cluster.run(silent="b")
+    assert {(server, copy) for _, server, copy in cluster.places()} == {("a", "g")}
+    cluster.run(silent="ab")
+    assert all(server == "a" for _, server, _ in cluster.places())
+    assert all("other bits" in each.problem for each in cluster.rules.status())
+
+
+def test_numerics_may_change_where_that_is_accepted() -> None:
+    cluster = Cluster(shards=1, nodes="a", accept_numerics_change=True)
+    cluster.reports_of("a", numerics="cpu")
+    cluster.run()
+    cluster.reports_of("g", numerics="cuda")
+    cluster.run()
+    cluster.run(silent="a")
+    assert cluster.places()[0][:2] == (2, "g")
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    cluster = running()
+    with refused("NAME_TAKEN", "a:1", "elsewhere:1"):
+        cluster.rules.heard(NodeReport("a", "elsewhere:1"), cluster.now)
+    with refused("OTHER_VERSION", "d", "2"):
+        cluster.rules.heard(NodeReport("d", "d:1", version="2"), cluster.now)
+    with refused("OLD_STORE", "a"):
+        cluster.rules.heard(NodeReport("a", "a:1", has={0: (7, 1)}), cluster.now)
+    with refused("UNKNOWN_SHARD", "4"):
+        cluster.rules.heard(NodeReport("a", "a:1", has={4: (1, 1)}), cluster.now)
+    with refused("OTHER_SHARDS", "2", "3"):
+        Cluster(shards=3, kept=cluster.kept)
+    with refused("UNKNOWN_NODE", "x"):
+        cluster.rules.drain("x")
+    cluster.run(silent="a")
+    cluster.rules.heard(NodeReport("a", "elsewhere:1"), cluster.now)
+    assert cluster.rules.is_alive("a")
+
+
+def test_a_cluster_without_copies_waits_for_lost_nodes_and_moves_shards() -> None:
+    cluster = running(shards=2, nodes="ab", copies=0)
+    before = cluster.places()
+    cluster.run(silent="a")
+    assert cluster.places() == before
+    assert "a" in next(each.problem for each in cluster.rules.status() if each.assignment.server == "a")
+    cluster.run()
+    cluster.rules.drain("a")
+    cluster.run(60.0)
+    assert [(server, copy) for _, server, copy in cluster.places()] == [("b", ""), ("b", "")]
+
+
+def test_status_says_how_long_a_shard_has_been_alone() -> None:
+    cluster = running(shards=1, nodes="ab", needs_copy=True)
+    assert cluster.rules.status()[0].alone_s == 0.0
+    assert cluster.rules.roles(cluster.places()[0][1])[0].needs_copy
+    copy = cluster.places()[0][2]
+    cluster.run(20.0, silent=copy)
+    status = cluster.rules.status()[0]
+    assert status.alone_s == pytest.approx(20.0, abs=0.5)
+    assert copy in status.assignment.event
