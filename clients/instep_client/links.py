@@ -1,7 +1,8 @@
 """The connections of one client: the first one, and those to other shards of its server's cluster.
 
 Most clients have one. The first welcome says whether the server is a shard of a cluster; then the connections to other
-shards are made when they are needed first, and `Links` asks where the shards are while one of them is in trouble.
+shards are made when they are needed first, and `Links` asks where the shards are: four times a second while one of them
+is in trouble, and once a minute otherwise.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from random import choice, random
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -26,6 +28,9 @@ _LOOK_S: Final = 0.25
 """The time between two questions where the shards are, and before the next of several given endpoints is tried."""
 _ANSWER_S: Final = 1.0
 """The longest wait for an answer to that question."""
+_REFRESH_S: Final = 60.0
+"""The time between two such questions while all is well, so that what is known is not from long ago."""
+_UNTRIED_SHARE: Final = 0.75
 
 
 class Link(NamedTuple):
@@ -71,7 +76,6 @@ class Links:
         """The connection to the server that answered first."""
         self._by_shard: dict[int, Link] = {}
         self._following: asyncio.Task[None] | None = None
-        self._looks = 0
         self._is_closed = False
 
     def _make(self, endpoint: str, trouble: asyncio.Event | None = None, **other: Any) -> Link:
@@ -180,27 +184,31 @@ class Links:
 
     async def _follow(self) -> None:
         while True:
-            await self._trouble.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_REFRESH_S):
+                    await self._trouble.wait()
             self._trouble.clear()
-            await asyncio.sleep(_LOOK_S)
-            while any(link.session.is_in_trouble for link in self._by_shard.values()):
+            is_well = False
+            while not is_well:
+                await asyncio.sleep(_LOOK_S)
                 with suppress(InstepError, TimeoutError):
                     async with asyncio.timeout(_ANSWER_S):
                         await self._look()
-                await asyncio.sleep(_LOOK_S)
+                is_well = not any(link.session.is_in_trouble for link in self._by_shard.values())
 
     async def _look(self) -> None:
-        """Ask where the shards are: the server of another shard or, if all are in trouble, one that was not tried."""
-        self._looks += 1
+        """Ask any server that is well where the shards are or, if none is, one that may be there."""
         links = self._by_shard.values()
         if well := [link for link in links if link.session.state is OPEN and not link.session.is_in_trouble]:
-            await self._ask(well[self._looks % len(well)])
+            await self._ask(choice(well))
             return
         known = {*self.first.session.shards.endpoints, *self._endpoints} - {""}
-        if others := sorted(known - {link.session.endpoint for link in links}):
-            scout = self._make(others[self._looks % len(others)], reconnect_s=0.0, timeout_s=_ANSWER_S)
-            try:
-                await scout.driver.start(wait=False)
-                await self._ask(scout)
-            finally:
-                await scout.driver.stop()
+        untried = known - {link.session.endpoint for link in links}
+        # A server that is in trouble may still tell where the shards are, but seldom answers at all.
+        endpoint = choice(sorted(untried if untried and random() < _UNTRIED_SHARE else known))
+        scout = self._make(endpoint, reconnect_s=0.0, timeout_s=_ANSWER_S)
+        try:
+            await scout.driver.start(wait=False)
+            await self._ask(scout)
+        finally:
+            await scout.driver.stop()
