@@ -44,7 +44,7 @@ _MOST_ATTEMPTS: Final = 3
 """The most attempts of `open`, because others may open and close streams of that name meanwhile."""
 _LARGEST: Final = re.compile(r"_(p50|p99|mean|busy|ratio|(?<!_per_)s)$")
 """Matches the names of quantiles, means, shares and times, of which several shards have the largest."""
-_LEAST: Final = ("ready", "exact", "recording_free_bytes")
+_LEAST: Final = ("ready", "exact", "copied", "recording_free_bytes")
 _MOVED_ON: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED, Code.IDLE, Code.FENCED, Code.STATE_LOST})
 
 

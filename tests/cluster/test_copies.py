@@ -302,7 +302,7 @@ def test_a_server_whose_term_is_over_ends(kit: Kit, waits_for: str) -> None:
         recorder.put(lambda writer: writer.barrier(), rows=0)
     until(lambda: failures)
     assert isinstance(failures[0], RecordingError)
-    assert recorder.has_second_place
+    assert recorder.uses_second_place
     assert not durable
 
 

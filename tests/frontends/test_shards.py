@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgpack
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from instep.frontends.shards import Shard, for_table
+from instep.recording.writer import Statement
 from instep.server.server import Server
 from instep_client.protocol.wire import Code, Kind, ShardTable
 from tests.support.keys import KeyRing
@@ -112,6 +114,34 @@ async def test_a_shard_is_named_whether_the_name_is_allowed_or_not(tmp_path: Pat
         await client.hello()
         for reply in (await client.open(*NAMES), await client.resume(NAMES, [0] * 5, [0] * 5)):
             assert [failure for failure in reply.failures() if failure[2] is Code.WRONG_SHARD] == ELSEWHERE
+
+
+@dataclass
+class Place:
+    """A second place that takes everything."""
+
+    is_used: bool = True
+
+    def commit(self, file: Path, statements: Sequence[Statement], here: Callable[[], object]) -> None:
+        here()
+
+    def barrier(self) -> None:
+        pass
+
+
+async def test_the_numbers_of_a_shard_tell_whether_it_has_a_copy(tmp_path: Path) -> None:
+    recording, place = {"file": tmp_path / "r.instep"}, Place()
+    async with running(SMALL, recording=recording) as lone, RawClient(lone.endpoint) as client:
+        await client.hello()
+        assert "copied" not in await client.statistics()
+    async with (
+        running(SMALL, shard=Shard(2, 4, 7, second_place=place), recording=recording) as server,
+        RawClient(server.endpoint) as client,
+    ):
+        await client.hello()
+        assert (await client.statistics())["copied"] == 1
+        place.is_used = False
+        assert (await client.statistics())["copied"] == 0
 
 
 @pytest.mark.parametrize(

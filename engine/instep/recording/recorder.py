@@ -91,9 +91,10 @@ class Recorder:
         return 0 if is_full else self._queue_batches - self._batches
 
     @property
-    def has_second_place(self) -> bool:
-        """Whether answers depend on a second place now."""
-        return self._writer.second_place is not None and self._writer.second_place.is_used
+    def uses_second_place(self) -> bool | None:
+        """Whether answers depend on a second place now; None where there is no such place."""
+        place = self._writer.second_place
+        return None if place is None else place.is_used
 
     def put(
         self, write: Write, *, rows: int = 1, batches: int = 0, small_rows: int = 0, is_awaited: bool = True

@@ -159,7 +159,7 @@ class Journal:
 
         All that wait share one barrier.
         """
-        if self._waits and self._recorder is not None and self._recorder.has_second_place:
+        if self._waits and self._recorder is not None and self._recorder.uses_second_place:
             number = self._barriers_wanted = self._barriers_begun + 1  # not the one under way: it began before
             if self._barriers_begun == self._barriers_passed:
                 self._begin_barrier()

@@ -181,4 +181,6 @@ class ModelService:
         }
         if self.recovery is not None:
             numbers["recovery_s"] = self.recovery.seconds
+        if self.recorder is not None and (is_copied := self.recorder.uses_second_place) is not None:
+            numbers["copied"] = float(is_copied)
         return numbers

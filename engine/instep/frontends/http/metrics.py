@@ -237,6 +237,7 @@ METRICS: Final = (
     _metric("checkpoint_age_seconds", "Age of the newest checkpoint.", "checkpoint_age_s"),
     _metric("replay_seconds", "How long a restart would step the frames that no checkpoint holds.", "replay_s"),
     _metric("recovery_seconds", "How long the start took to continue the recording.", "recovery_s"),
+    _metric("copied", "1 while answers wait for the copy of the shard on another node, 0 while it has none."),
     # Exactness
     _metric("verified_frames_total", "Frames that live verification has computed again and compared."),
     _metric(
