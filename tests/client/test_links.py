@@ -7,6 +7,7 @@ import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from socket import create_server
 from typing import Any
@@ -30,6 +31,7 @@ from instep_client import (
 )
 from instep_client.protocol.wire import Kind, ShardTable
 from tests.support.fake_server import RING_INFO, FakeServer, fake_shards, goodbye, reference
+from tests.support.keys import KeyRing
 from tests.support.models import SMALL, torch_gru
 from tests.support.running import running
 
@@ -48,11 +50,11 @@ def name_like(name: str, shard: int) -> str:
 
 
 @asynccontextmanager
-async def shards(count: int) -> AsyncIterator[list[Server]]:
+async def shards(count: int, **sections: Any) -> AsyncIterator[list[Server]]:
     """Real servers, which share a table once all of them listen."""
     places = [Shard(number, count) for number in range(count)]
     async with AsyncExitStack() as stack:
-        servers = [await stack.enter_async_context(running(SMALL, shard=place)) for place in places]
+        servers = [await stack.enter_async_context(running(SMALL, shard=place, **sections)) for place in places]
         for place in places:
             place.table = ShardTable(np.zeros(count, np.uint64), tuple(server.endpoint for server in servers))
         yield servers
@@ -172,6 +174,15 @@ async def test_numbers_of_shards_are_added_up_or_the_largest_or_the_smallest() -
             numbers = await client.stats()
     for names, value in ((most, 4), (sums, 7), (least, 3), (("only_here_total",), 1)):
         assert [numbers[name] for name in names] == [value] * len(names)
+
+
+async def test_one_key_opens_all_shards(tmp_path: Path) -> None:
+    keys = KeyRing(tmp_path, mic={})
+    own = keys.of_client("mic")
+    async with shards(2, transport=keys.transport) as servers, AsyncClient(servers[0].endpoint, **own) as client:
+        assert (await (await client.open_group(NAMES)).step(X)).shape == (*X.shape[:2], 8)
+        numbers = await client.stats()
+    assert numbers['principal_frames_total{principal="mic"}'] == X[..., 0].size
 
 
 async def test_threads_use_groups_over_shards() -> None:
