@@ -41,6 +41,7 @@ class ClusterNode:
     def __init__(self, cluster: Cluster, name: str, port: int) -> None:
         self.name, self.port = name, port
         self.folder = cluster.folder / name
+        self.http = "off"
         self._cluster = cluster
         self._process: WarmProcess | None = None
         self._frozen: list[psutil.Process] = []
@@ -49,7 +50,7 @@ class ClusterNode:
         self.folder.mkdir(exist_ok=True)
         command = [
             *("cluster", "agent", str(self._cluster.folder / "model"), "--record", str(self.folder)),
-            *("--endpoint", f"tcp://127.0.0.1:{self.port}", "--http", "off", "--name", self.name),
+            *("--endpoint", f"tcp://127.0.0.1:{self.port}", "--http", self.http, "--name", self.name),
             *("--directory", self._cluster.directory, "--set", "recording.recovery_target_s=0.05"),
             *("--set", "cluster.copy_timeout_s=1", *self._cluster.arguments_of(self.name)),
         ]
@@ -101,6 +102,11 @@ class ClusterNode:
         """End in order; the exit status."""
         assert self._process is not None
         self._process.terminate()
+        return self.wait()
+
+    def wait(self) -> int:
+        """The exit status, once it has ended by itself."""
+        assert self._process is not None
         return self._process.wait(_PATIENCE_S)
 
     def log(self) -> str:
@@ -127,9 +133,10 @@ class Cluster:
         peers = {name: {"role": "node"} for name in (*names, "directory")}
         self.ring = KeyRing(folder, mic={}, ann={"role": "operator"}, **peers)
         write_model(folder / "model", SMALL)
-        ports = _free_ports(1 + 2 * shards * nodes)
+        each = 2 * shards + 1
+        ports = _free_ports(1 + each * nodes)
         self.directory = f"127.0.0.1:{ports}"
-        self.nodes = [ClusterNode(self, f"n{k}", ports + 1 + 2 * shards * k) for k in range(nodes)]
+        self.nodes = [ClusterNode(self, f"n{k}", ports + 1 + each * k) for k in range(nodes)]
         self._process: WarmProcess | None = None
         self._caller = Caller(f"tcp://{self.directory}", read_client_keys(**self.ring.of_client("ann", "directory")))
 

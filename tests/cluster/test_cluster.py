@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
+import numpy as np
 import psutil
+import pytest
 
-from tests.cluster.cluster import Cluster, ClusterLoad
+from instep_client import StreamEvicted
+from instep_client.protocol.codes import Code
+from tests.cluster.cluster import Cluster, ClusterLoad, ClusterNode, names_of
 
 
 @asynccontextmanager
@@ -98,3 +105,50 @@ async def test_moves_and_a_drained_node(tmp_path: Path) -> None:
         cluster.node("n1").start()
         cluster.ask("undrain", "n1")
         await cluster.until(lambda shards: any(each["server"] == "n1" for each in shards))
+
+
+async def test_what_a_node_refuses_and_shows(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, nodes=2, shards=2)
+    cluster.nodes[0].http = f"127.0.0.1:{cluster.nodes[0].port + 4}"
+    async with cluster:
+        twin = ClusterNode(cluster, "n0", cluster.nodes[1].port + 100)
+        twin.folder = tmp_path / "twin"
+        twin.start()
+        assert twin.wait() == 2
+        assert f"127.0.0.1:{cluster.nodes[0].port}" in twin.log()
+        other = ClusterNode(cluster, "n1", twin.port)
+        other.folder = tmp_path / "other"
+        (other.folder / "shard-0").mkdir(parents=True)
+        (other.folder / "shard-0" / "gru.instep").touch()
+        (other.folder / "shards").write_text("6")
+        other.start()
+        assert other.wait() == 2
+        assert "of 6 shards, not 2" in other.log()
+
+        def get(path: str) -> str:
+            with urlopen(f"http://{cluster.nodes[0].http}{path}", timeout=10) as answer:
+                return str(answer.read().decode())
+
+        (shard,) = (each["shard"] for each in cluster.status() if each["server"] == "n0")
+        assert f'instep_shard_up{{shard="{shard}"}} 1' in await asyncio.to_thread(get, "/metrics")
+        assert [each["shard"] for each in json.loads(await asyncio.to_thread(get, "/readyz"))["shards"]] == [shard]
+        cluster.ask("drain", "n0")
+        await cluster.until(lambda shards: all(each["server"] == "n1" for each in shards))
+        assert "shard_up" not in await asyncio.to_thread(get, "/metrics")
+
+
+async def test_a_shard_that_is_lost_is_not_begun_anew_by_itself(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, nodes=2, shards=2, copies=0) as cluster, cluster.connect() as client:
+        name = names_of(0, 2)[0]
+        stream = await client.open(name)
+        await stream.step(np.zeros(5, np.float32))
+        lost = cluster.node(cluster.status()[0]["server"])
+        lost.kill()
+        shutil.rmtree(lost.folder)
+        lost.start()
+        await cluster.until(lambda shards: "lost its recording" in shards[0]["problem"])
+        cluster.ask("accept_loss", 0, lost.name)
+        await cluster.until(lambda shards: not shards[0]["problem"])
+        with pytest.raises(StreamEvicted) as refused:
+            await stream.step(np.zeros(5, np.float32))
+        assert refused.value.code is Code.UNKNOWN_STREAM

@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any, Final
 
 import msgpack
@@ -26,8 +28,8 @@ import numpy as np
 
 from instep.cluster.copies import MAX_MESSAGE_BYTES, CopiedShard, hold_copy, positions, settle
 from instep.cluster.directory import DirectoryClient
-from instep.cluster.rules import ClusterRefused, NodeReport, ShardRole
-from instep.cluster.shards import config_of_shard, findings
+from instep.cluster.rules import NodeReport, ShardRole
+from instep.cluster.shards import claim, config_of_shard, findings
 from instep.cluster.talk import Caller, NoAnswer, Rejected, keys_for
 from instep.config import Config
 from instep.frontends import CannotListen
@@ -37,7 +39,6 @@ from instep.recording.errors import RecordingError
 from instep.security.keys import ServerKeys
 from instep.server.checks import CannotServe
 from instep.server.log import make_log
-from instep.server.recording_files import SHARDS_FILE
 from instep.server.serve import Kept, Launch, ServiceManager, launching, serve_one
 from instep.server.supervisor import MOST_RESTARTS, WITHIN_S
 from instep_client.protocol.errors import InvalidInput
@@ -50,8 +51,8 @@ _VERSION: Final = 1
 """Of the messages between nodes."""
 _LOOK_EVERY_S: Final = 0.1
 _MOST_BYTES: Final = 2**21
-_TALKS: Final = ShardRole(-1, 0, False, "", "", False, False, 0, False, False)
-"""The process that talks to the directory has this one."""
+_HELPS: Final = ShardRole(-1, 0, False, "", "", False, False, 0, False, False)
+"""The role of the process that talks to the directory, and of the admin server."""
 
 
 class _Forked(BaseException):
@@ -100,14 +101,16 @@ class Agent:
         name: the node's name.
         host: where others reach the node.
         directory: the directory's endpoint.
+        sockets: a folder for the sockets of the servers' admin servers.
     """
 
-    def __init__(self, launch: Launch, shards: int, name: str, host: str, directory: str) -> None:
+    def __init__(self, launch: Launch, shards: int, name: str, host: str, directory: str, sockets: Path) -> None:
         assert launch.config.recording.file is not None
         self._launch, self._shards, self._name, self._host, self._directory = launch, shards, name, host, directory
-        self._log = launch.log
+        self._log, self._sockets = launch.log, sockets
         self._folder = launch.config.recording.file
         self._port = int(launch.config.transport.endpoint.rpartition(":")[2])
+        self._relay = self._admin = NodeProcess(0, socket.socket(), _HELPS)
         self._processes: dict[int, NodeProcess] = {}
         self._roles: dict[int, ShardRole] = {}
         self._told = ""
@@ -128,7 +131,7 @@ class Agent:
             The exit status; in a process that was forked, that of its task.
 
         Raises:
-            ClusterRefused: the directory does not let the node take part.
+            CannotServe: the directory does not let the node take part.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
@@ -148,13 +151,13 @@ class Agent:
 
     def _loop(self) -> int:
         say_at = 0.0
-        self._relay = self._fork(_TALKS, self._talk)
+        self._relay, self._admin = self._fork(_HELPS, self._talk), self._fork(_HELPS, self._administer)
         self._has = self._find_recordings()
         while not self._stops:
             wait([each.pipe for each in (self._relay, *self._processes.values())], _LOOK_EVERY_S)
             has_changed = self._bury() | self._hear_processes() | self._hear_directory() | self._follow()
             if self._refusal and not self._told:
-                raise ClusterRefused("REFUSED", self._refusal)
+                raise CannotServe(self._refusal)
             if has_changed or time.monotonic() > say_at:
                 say_at = time.monotonic() + HEARD_EVERY_S
                 self._say()
@@ -223,8 +226,10 @@ class Agent:
                     os.kill(process.pid, signal.SIGTERM)
             elif not (of in self._ended and role.ends) and not self._is_gone(role) and self._may_begin(of):
                 self._ended.discard(of)
+                self._kept.setdefault(shard, Kept())
                 self._processes[shard] = self._fork(role, self._serve if role.is_server else self._hold)
         self._ended = {of for of in self._ended if of[0] in self._roles}
+        self._kept = {shard: kept for shard, kept in self._kept.items() if shard in self._processes}
         return before != {each.pid for each in self._processes.values()}
 
     def _is_gone(self, role: ShardRole) -> bool:
@@ -255,10 +260,15 @@ class Agent:
         raise _Forked(lambda: run(role, theirs))
 
     def _kill(self, shard: int) -> None:
-        process = self._processes.pop(shard)
-        process.pipe.close()
+        process = self._processes[shard]
         os.kill(process.pid, signal.SIGKILL)
         os.waitpid(process.pid, 0)
+        self._remove(process)
+
+    def _remove(self, process: NodeProcess) -> None:
+        del self._processes[process.role.shard]
+        process.pipe.close()
+        (self._sockets / str(process.role.shard)).unlink(missing_ok=True)
         self._has = self._find_recordings()
 
     def _bury(self) -> bool:
@@ -270,15 +280,14 @@ class Agent:
         return has_changed
 
     def _forget(self, pid: int, status: int) -> bool:
-        if self._relay.pid == pid:
+        if pid == self._relay.pid:
             self._relay.pipe.close()
-            self._relay = self._fork(_TALKS, self._talk)
-            return True
-        for shard, process in self._processes.items():
+            self._relay = self._fork(_HELPS, self._talk)
+        elif pid == self._admin.pid and os.WIFSIGNALED(status):
+            self._admin = self._fork(_HELPS, self._administer)
+        for process in list(self._processes.values()):
             if process.pid == pid:
-                del self._processes[shard]
-                process.pipe.close()
-                self._has = self._find_recordings()
+                self._remove(process)
                 self._note_end(process, status)
                 return True
         return False
@@ -287,6 +296,7 @@ class Agent:
         of = process.role.shard, process.role.term
         if status == 0 and process.was_told_to_end:
             self._ended.add(of)
+        if self._stops or of in self._ended:
             return
         self._deaths = {each: deaths for each, deaths in self._deaths.items() if each[0] != of[0] or each == of}
         deaths = self._deaths.setdefault(of, deque(maxlen=MOST_RESTARTS + 1))
@@ -307,6 +317,7 @@ class Agent:
 
     def _reload(self, *_: object) -> None:
         self._signal_servers(signal.SIGHUP)
+        os.kill(self._admin.pid, signal.SIGHUP)
 
     def _signal_servers(self, number: int) -> None:
         for each in self._processes.values():
@@ -370,17 +381,26 @@ class Agent:
 
         launch = replace(
             self._launch,
-            config=config_of_shard(config, role.shard),
-            reread=lambda: config_of_shard(self._launch.reread(), role.shard),
+            config=config_of_shard(config, role.shard, self._sockets),
+            reread=lambda: config_of_shard(self._launch.reread(), role.shard, self._sockets),
             log=log,
             service_manager=ServiceManager({}, log, self._shards),
             shard=place,
         )
-        return serve_one(launch, Kept(), on_ready=on_ready)
+        is_again = (role.shard, role.term) in self._deaths
+        return serve_one(launch, self._kept[role.shard], is_again=is_again, on_ready=on_ready)
 
     def _hold(self, role: ShardRole, pipe: socket.socket) -> int:
         transport = config_of_shard(self._launch.config, self._shards + role.shard).node_transport
         hold_copy(transport, ServerKeys.read(transport), self._folder_of(role.shard))
+
+    def _administer(self, role: ShardRole, pipe: socket.socket) -> int:
+        from instep.cluster.admin import serve_admin
+
+        def numbers() -> list[int]:
+            return sorted(int(each.name) for each in self._sockets.iterdir())
+
+        return asyncio.run(serve_admin(self._launch.config.http, numbers, self._sockets, self._log))
 
     def _call(self, endpoint: str, name: str) -> Caller:
         """A connection to the directory, or to the copy on the node of this name."""
@@ -417,7 +437,7 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
     """Run the agent until SIGTERM or SIGINT; return the exit status.
 
     Raises:
-        CannotServe, ClusterRefused, KeysError: it cannot start.
+        CannotServe, InvalidInput: it cannot start.
     """
     endpoint, folder = config.transport.endpoint, config.recording.file
     place = re.fullmatch(r"tcp://(.+):([0-9]+)", endpoint)
@@ -441,5 +461,10 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
     name = name or socket.gethostname()
     problems = (each for each in findings(config, shards) if each.severity == "problem")
     with launching(config, problems, reread, supervised=True) as launch:
-        (folder / SHARDS_FILE).write_text(f"{shards}\n")
-        return Agent(launch, shards, name, host, f"tcp://{directory}").run()
+        claim(folder, shards)
+        agent, sockets = os.getpid(), Path(mkdtemp(prefix="instep-"))
+        try:
+            return Agent(launch, shards, name, host, f"tcp://{directory}", sockets).run()
+        finally:
+            if os.getpid() == agent:
+                rmtree(sockets, ignore_errors=True)
