@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks.connection import NotServed
+from benchmarks.copied import copied
 from benchmarks.durability import durability, verify_live
 from benchmarks.encryption import encrypted
 from benchmarks.isolation import isolation
@@ -45,6 +46,7 @@ SEPARATE: Final = {
     "fairness": fairness,
     "encrypted": encrypted,
     "shards": shards,
+    "copied": copied,
 }
 """Measured only when they are named: they depend on a disk, or take long."""
 QUICK: Final[dict[str, Any]] = {"rounds": 1, "seconds": 0.05, "scale": 50}

@@ -140,7 +140,7 @@ class Servers:
 
     def __init__(self, folder: Path, name: str) -> None:
         count, in_loops = 1 if name == ONE else SHARDS, name == IN_LOOPS
-        port = _free_ports(count)
+        port = free_ports(count)
         self.endpoints = [f"tcp://127.0.0.1:{port + number}" for number in range(count)]
         self._command = [*("-m", "benchmarks.shards"), str(folder), self.endpoints[0], str(count), str(int(in_loops))]
 
@@ -162,7 +162,7 @@ class Servers:
         return sum(time.user + time.system for time in times)
 
 
-def _free_ports(count: int) -> int:
+def free_ports(count: int) -> int:
     """The first of some free ports in a row."""
     while True:
         with ExitStack() as stack, suppress(OSError):

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import models, rows, watching
 from benchmarks.__main__ import SEPARATE
+from benchmarks.copied import copied
 from benchmarks.durability import server_arguments
 from benchmarks.isolation import isolation
 from benchmarks.measurement import Bench, Row
@@ -49,7 +50,7 @@ def test_a_measurement_has_a_positive_value_for_each_side(
     torch.set_num_threads(1)
     for module in (models, watching):
         monkeypatch.setattr(module, "ChildServer", WarmServer)
-    if measure in (isolation, models.fairness, shards):
+    if measure in (isolation, models.fairness, shards, copied):
         monkeypatch.setattr(subprocess, "Popen", begin_warm)
     warm_up = int(measure in MEASUREMENTS.values())  # the others begin many processes in each round
     bench = Bench(tmp_path, rounds=1, seconds=0.02, scale=100, warm_up=warm_up, serve=ThreadedServer)

@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from instep.frontends.shards import Shard
 from instep.models.folder import load_model
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
+from instep.recording.lock import is_being_written
 from instep.recording.recorder import Recorder
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
@@ -98,7 +99,8 @@ class Kit:
         self.one.mkdir()
         self.directory = Directory()
         self.lines: list[Any] = []
-        self.is_frozen = threading.Event()
+        self.turn = threading.Lock()
+        """Whoever holds it freezes the process with the copy."""
         self.shard = Shard(term=TERM)
         self._ends = threading.Event()
         self._thread: threading.Thread | None = None
@@ -111,10 +113,9 @@ class Kit:
 
         def answer() -> None:
             while not self._ends.is_set():
-                if self.is_frozen.is_set():
-                    time.sleep(0.001)
-                else:
+                with self.turn:
                     copy.answer(listener, 0.001)
+                time.sleep(0.0005)
             copy.close()
             listener.close()
 
@@ -165,7 +166,6 @@ def kit(tmp_path: Path) -> Iterator[Kit]:
     made = Kit(tmp_path)
     made.hold()
     yield made
-    made.is_frozen.clear()
     made.directory.is_there.set()
     made.kill()
 
@@ -189,8 +189,10 @@ def beside(act: Callable[[], object]) -> Iterator[threading.Thread]:
 
 
 def attach(kit: Kit, copied: CopiedShard) -> None:
+    said = len(kit.lines)
     copied.follow(kit.directory.join())
-    until(lambda: kit.shard.is_copied)
+    until(lambda: len(kit.lines) > said)
+    assert kit.shard.is_copied, kit.lines
 
 
 def test_the_rows_of_both_are_equal_whenever_a_copy_begins(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +210,9 @@ def test_the_rows_of_both_are_equal_whenever_a_copy_begins(kit: Kit, monkeypatch
                 break
             begun += 1
             copied.follow(kit.directory.join())
+        if number % 7 == 0:
+            scribe.checkpoint(scribe.writer.position)
+            scribe.writer.commit()
     assert kit.differences() == []
     scribe.writer.close()
     assert kit.differences() == []
@@ -237,6 +242,22 @@ def test_both_are_verified(kit: Kit, tmp_path: Path) -> None:
         assert run(folder / "a.instep", model_folder=model.folder, streams=[], json=False, console=console) == 0
 
 
+def test_a_copy_never_has_what_its_server_has_not_committed(kit: Kit) -> None:
+    copied = kit.copied()
+    copied.begin()
+    copied.start()
+    scribe = kit.write(copied)
+    attach(kit, copied)
+
+    def fail() -> None:
+        raise sqlite3.OperationalError("the disk is full")
+
+    with pytest.raises(sqlite3.OperationalError):
+        copied.commit(scribe.writer.path, [("UPDATE newest SET position = ?", [(10**6,)])], fail)
+    kit.kill()
+    assert kit.differences() == []
+
+
 def test_a_file_that_is_new_is_in_the_next_copy(kit: Kit) -> None:
     copied = kit.copied()
     copied.begin()
@@ -255,30 +276,30 @@ def test_a_file_that_is_new_is_in_the_next_copy(kit: Kit) -> None:
 
 @pytest.mark.parametrize("end", ["frozen", "killed", "replaced"])
 def test_a_server_whose_copy_is_lost_continues_once_the_directory_has_stored_that(kit: Kit, end: str) -> None:
-    copied = kit.copied(timeout_s=0.2 if end == "frozen" else 1000.0)
+    copied = kit.copied(timeout_s=4.0 if end == "frozen" else 1000.0)
     copied.begin()
     copied.start()
     scribe = kit.write(copied)
     attach(kit, copied)
-    if end == "frozen":
-        kit.is_frozen.set()
-    else:
-        kit.kill()
-    if end == "replaced":
-        kit.hold()  # it knows of no sender
-    kit.directory.is_there.clear()
-    scribe.step(STREAMS)
-    lost = ("dropped", kit.directory.attempt)
-    with beside(scribe.writer.commit) as committing:
-        until(lambda: lost in kit.directory.asked)
-        assert committing.is_alive()
-        assert copied.is_used
-        kit.directory.is_there.set()
-    assert not copied.is_used
-    assert not kit.shard.is_copied
-    scribe.step(STREAMS)
-    scribe.writer.commit()
-    kit.is_frozen.clear()
+    with ExitStack() as frozen:
+        if end == "frozen":
+            frozen.enter_context(kit.turn)
+        else:
+            kit.kill()
+        if end == "replaced":
+            kit.hold()  # it knows of no sender
+        kit.directory.is_there.clear()
+        scribe.step(STREAMS)
+        lost = ("dropped", kit.directory.attempt)
+        with beside(scribe.writer.commit) as committing:
+            until(lambda: lost in kit.directory.asked)
+            assert committing.is_alive()
+            assert copied.is_used
+            kit.directory.is_there.set()
+        assert not copied.is_used
+        assert not kit.shard.is_copied
+        scribe.step(STREAMS)
+        scribe.writer.commit()
     if end == "killed":
         kit.hold()
     attach(kit, copied)
@@ -318,11 +339,41 @@ def test_an_attempt_that_the_directory_does_not_want_any_more_never_counts(kit: 
     scribe.step(STREAMS)
     scribe.writer.commit()
     assert not kit.shard.is_copied
-    copied.follow(role)
     attach(kit, copied)
-    assert [asked for asked in kit.directory.asked if asked == ("attached", role.attempt)] == [
-        ("attached", role.attempt)
-    ], "no attempt is made twice"
+
+
+def test_a_server_whose_term_ended_while_it_had_no_copy_ends_with_its_next_commit(kit: Kit) -> None:
+    copied = kit.copied()
+    copied.begin()
+    copied.start()
+    scribe = kit.write(copied)
+    role = kit.directory.join()
+    kit.directory.term += 1
+    copied.follow(role)
+    until(lambda: copied.is_used and ("dropped", role.attempt) in kit.directory.asked)
+    scribe.step(STREAMS)
+    with pytest.raises(RecordingError):
+        scribe.writer.commit()
+
+
+def test_a_copy_counts_once_the_directory_has_stored_that_and_stays_while_its_role_does(kit: Kit) -> None:
+    copied = kit.copied()
+    copied.begin()
+    copied.start()
+    scribe = kit.write(copied)
+    kit.directory.is_there.clear()
+    copied.follow(kit.directory.join())
+    until(lambda: copied.is_used)
+    scribe.step(STREAMS)
+    scribe.writer.commit()
+    assert not kit.shard.is_copied
+    kit.directory.is_there.set()
+    until(lambda: kit.shard.is_copied)
+    copied.follow(kit.directory.role())
+    time.sleep(0.1)
+    assert kit.shard.is_copied
+    assert kit.differences() == []
+    assert not any(what == "dropped" for what, _ in kit.directory.asked)
 
 
 def test_where_a_copy_is_needed_nothing_is_durable_without_one(kit: Kit) -> None:
@@ -560,5 +611,4 @@ def test_nobody_else_writes_what_is_held(held: HeldCopy, tmp_path: Path) -> None
     sender = Sender(held)
     sender.seed(attempt=1)
     sender.ask("whole")
-    with pytest.raises(RecordingError):
-        RecordingWriter.resume(tmp_path / "two" / "a.instep", HEADER)
+    assert is_being_written(tmp_path / "two" / "a.instep")

@@ -426,7 +426,6 @@ class HeldCopy:
         settle(folder)
         self._folder, self._new, self._old, self._seen = folder, *(_beside(folder, kind) for kind in _KINDS)
         self._sender, self._number = b"", 0
-        self._is_whole = False
         self._durability: Durability = "commit"
         self._files: dict[str, sqlite3.Connection] = {}
         self._locks: list[WriterLock] = []
@@ -489,7 +488,7 @@ class HeldCopy:
         shutil.rmtree(self._new, ignore_errors=True)
         self._new.mkdir()
         _write_note(self._new / COMPLETE, {"term": term, "boot": _boot()})
-        self._durability, self._is_whole = durability, False
+        self._durability = durability
 
     def _write(self, name: str, statements: list[Any]) -> None:
         database = self._files.get(name) or self._make(name)
@@ -500,8 +499,8 @@ class HeldCopy:
         self._bytes_in_wals += _bytes_of(statements)
 
     def _make(self, name: str) -> sqlite3.Connection:
-        if self._is_whole or Path(name).name != name or not name.endswith(SUFFIX):
-            raise ValueError(f"{name!r:.80} is not a recording of this copy")
+        if Path(name).name != name or not name.endswith(SUFFIX):
+            raise ValueError(f"{name!r:.80} is not the name of a recording")
         with closing(sqlite3.connect(self._new / name, isolation_level=None)) as database:
             make_tables(database)
             database.execute("INSERT INTO newest VALUES (0, 0, 0)")
@@ -530,6 +529,6 @@ class HeldCopy:
             self._locks.append(lock := WriterLock(self._folder / name))
             lock.hold()
             self._open(self._folder / name)
-        self._sender, self._is_whole = sender, True
+        self._sender = sender
         shutil.rmtree(self._old, ignore_errors=True)
         return True
