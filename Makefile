@@ -15,7 +15,7 @@ READY := $(VENV)/.ready
 DEMO_READY := $(VENV)/.ready-demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test all-tests uncompiled test-long check format bench chaos simulate clean
+.PHONY: help demo test all-tests uncompiled test-long check format bench chaos simulate cluster-chaos clean
 
 # A hundred processes that tests start would compile all sources again where this is set.
 unexport PYTHONDONTWRITEBYTECODE
