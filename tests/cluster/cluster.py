@@ -174,11 +174,11 @@ class Cluster:
         endpoint = ",".join(f"tcp://{node.address}:{node.port}" for node in self.nodes)
         return AsyncClient(endpoint, timeout_s=5.0, reconnect_s=120.0, **keys)
 
-    def start_directory(self) -> None:
+    def start_directory(self, *arguments: str) -> None:
         command = [
             *("cluster", "directory", "--store", str(self.folder / "store"), "--shards", str(self.shards)),
             *("--copies", str(self.copies), "--endpoint", f"tcp://{self.directory}"),
-            *("--set", f"cluster.dead_s={DEAD_S}", *self.arguments_of("directory")),
+            *("--set", f"cluster.dead_s={DEAD_S}", *self.arguments_of("directory"), *arguments),
         ]
         log = self.folder / "directory.log"
         self._process = WarmProcess(command, output=os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))

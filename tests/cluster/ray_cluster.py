@@ -82,7 +82,7 @@ class RayCluster(Cluster):
         """A client without keys, which this cluster does not have."""
         return self._connect()
 
-    def start_directory(self) -> None:
+    def start_directory(self, *arguments: str) -> None:
         """Start Ray's head; where it runs, Ray starts the directory by itself."""
         if not self.ray.list_all_nodes():
             own = {"node_ip_address": f"{self._addresses}2", "include_dashboard": False}

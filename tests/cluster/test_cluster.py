@@ -17,7 +17,7 @@ import pytest
 
 from instep_client import StreamEvicted
 from instep_client.protocol.codes import Code
-from tests.cluster.cluster import Cluster, ClusterLoad, ClusterNode, names_of
+from tests.cluster.cluster import DEAD_S, Cluster, ClusterLoad, ClusterNode, names_of
 
 
 @asynccontextmanager
@@ -86,6 +86,22 @@ async def test_the_directory_away_stops_nothing(tmp_path: Path) -> None:
         assert [(each["term"], each["server"]) for each in cluster.status()] == [
             (each["term"], each["server"]) for each in before
         ]
+
+
+async def test_a_directory_that_has_lost_its_store_changes_nothing_by_itself(tmp_path: Path) -> None:
+    async with under_load(tmp_path) as (cluster, load):
+        cluster.kill_directory()
+        shutil.rmtree(tmp_path / "store")
+        cluster.start_directory()
+        await cluster.until(lambda shards: "--adopt" in shards[0]["problem"])
+        await asyncio.sleep(DEAD_S + 1)
+        assert not any(shard["term"] for shard in cluster.status())
+        await load.progress()
+        cluster.kill_directory()
+        cluster.start_directory("--adopt", "n0,n1")
+        await cluster.until_whole()
+        assert all(shard["term"] >= 2 for shard in cluster.status())
+        await load.progress()
 
 
 async def test_moves_and_a_drained_node(tmp_path: Path) -> None:

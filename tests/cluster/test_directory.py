@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from typer.testing import CliRunner, Result
 
 from instep.cli import app
@@ -22,8 +21,9 @@ from instep.config import load_config
 from instep.server.checks import CannotServe
 from instep_client.key_files import read_client_keys
 from tests.support.keys import KeyRing
+from tests.support.running import log_into
 
-LOG = structlog.get_logger()
+LOG = log_into([])
 WITHIN_S = 20.0
 
 
@@ -59,7 +59,7 @@ class Nodes:
     def say(self, name: str, **news: Any) -> Any:
         """What the directory answers to a node that says nothing new but `news`."""
         about = [name, f"127.0.0.1:{5100 if name == 'b' else 5000}", "1", "cpu", []]
-        news = {"serves": [], "ended": [], "gone": [], **news}
+        news = {"serves": [], "ended": [], "gone": [], "given_up": [], **news}
         return self.caller(name).ask("heard", about, news, "", within_s=WITHIN_S)
 
     def until(self, condition: Any, *names: str) -> None:
@@ -67,7 +67,7 @@ class Nodes:
         deadline = time.monotonic() + WITHIN_S
         while True:
             for name in names:
-                _, roles, *_ = self.say(name)
+                _, roles, *_ = self.say(name) or ("", [])
                 self.roles[name] = {role[0]: ShardRole(*role) for role in roles}
             if condition(self.roles):
                 return

@@ -176,6 +176,7 @@ class Agent:
         news = {
             "serves": [(k, each.role.term, each.endpoint) for k, each in self._processes.items() if each.endpoint],
             "ended": sorted(self._ended),
+            "given_up": [of for of, deaths in self._deaths.items() if len(deaths) > MOST_RESTARTS],
             "gone": [(role.shard, role.term) for role in self._roles.values() if self._is_gone(role)],
         }
         self._relay.tell(["heard", [*about[:-1], has], news, self._told])
@@ -183,7 +184,9 @@ class Agent:
     def _hear_directory(self) -> bool:
         has_changed = False
         for is_granted, value in self._relay.messages():
-            if is_granted and value is not None:
+            if value == []:  # it is about to find out who has what
+                self._has = self._find_recordings()
+            elif is_granted and value is not None:
                 has_changed = True
                 self._told, roles, *self._table = value
                 self._roles = {role.shard: role for role in (ShardRole(*each) for each in roles)}
@@ -200,6 +203,8 @@ class Agent:
         for process in self._processes.values():
             for endpoint in process.messages():
                 has_changed, process.endpoint = True, endpoint
+                if not endpoint and process.was_told_to_end:
+                    self._ended.add((process.role.shard, process.role.term))
                 self._has = self._find_recordings()
                 self._tell_role(process)
         return has_changed
@@ -388,7 +393,10 @@ class Agent:
             shard=place,
         )
         is_again = (role.shard, role.term) in self._deaths
-        return serve_one(launch, self._kept[role.shard], is_again=is_again, on_ready=on_ready)
+        status = serve_one(launch, self._kept[role.shard], is_again=is_again, on_ready=on_ready)
+        if status == 0:
+            pipe.send(msgpack.packb(""))  # before the interpreter has ended, which takes longer
+        return status
 
     def _hold(self, role: ShardRole, pipe: socket.socket) -> int:
         transport = config_of_shard(self._launch.config, self._shards + role.shard).node_transport

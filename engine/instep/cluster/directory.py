@@ -91,6 +91,8 @@ class Directory:
         self._run_id = secrets.token_hex(4)
         self._agents: dict[str, bytes] = {}
         """The connection of each node's agent."""
+        self._given_up: dict[str, set[tuple[int, int]]] = {}
+        """The shards and terms whose processes each agent starts no more."""
         self._hears_from = time.monotonic() + _SETTLES_S
         self._told = ""
         self._reported = ""
@@ -187,12 +189,16 @@ class Directory:
             self._rules.ended(shard, term)
         for shard, term in news["gone"]:
             self._rules.gone(shard, term)
+        self._given_up[name] = {tuple(each) for each in news["given_up"]}
         return self._news(report.name) if told != self._version else None
 
     def _status(self) -> dict[str, Any]:
         shards: list[dict[str, Any]] = []
         for shard, each in enumerate(self._rules.status()):
-            others = {"endpoint": each.endpoint, "alone_s": each.alone_s, "problem": each.problem}
+            problem = each.problem
+            if (shard, each.assignment.term) in self._given_up.get(each.assignment.server, ()):
+                problem = f"{each.assignment.server} has given it up: see the log there, and start its agent again"
+            others = {"endpoint": each.endpoint, "alone_s": each.alone_s, "problem": problem}
             shards.append({"shard": shard, **each.assignment._asdict(), **others})
         servers = Counter(each["server"] for each in shards)
         copies = Counter(each["copy"] or each["joining"] for each in shards)
@@ -215,6 +221,9 @@ class Directory:
         return f"{self._run_id}-{self._rules.version}"
 
     def _news(self, node: str) -> list[Any]:
+        """The roles of a node and the table; empty while nothing is decided, because the store may have been lost."""
+        if not any(view.term for view in self._rules.shards):
+            return []
         table = self._rules.table()
         roles = [_with_port(role, self._rules.count) for role in self._rules.roles(node)]
         return [self._version, roles, table.terms.tolist(), table.endpoints]
