@@ -3,7 +3,7 @@
 It steps N streams together, at a server or at the shards of a cluster, of which ENDPOINT is one, with one block in
 flight. It reads frames, float32 [T, N, features], from standard input, and writes outputs, float32 [T, N, outputs], and
 then the final states. When a connection is lost, a server is restarted on a recording that has its streams, or another
-node takes its shard over, it continues without losing or repeating an output. It ends at the first refusal.
+node takes its shard over, it continues without losing or repeating an output. It ends at any other refusal.
 """
 
 import struct
@@ -16,7 +16,7 @@ import zmq
 
 HELLO, OPEN, STEP, CLOSE, PING, RESUME, SHARDS = 1, 2, 3, 4, 5, 7, 16
 WELCOME, STEPPED, PONG, ERROR, GOODBYE, SHARDED = 65, 67, 69, 72, 73, 80
-HELLO_FIRST, BUSY = 4, 200
+HELLO_FIRST, BUSY, SHUTTING_DOWN = 4, 200, 204
 context = zmq.Context()
 places = {}
 """Of each shard the highest term that was seen, and its endpoint."""
@@ -59,7 +59,7 @@ class Connection:
                 kind, about, *said = msgpack.unpackb(header)
             if kind == PING:
                 self.socket.send(msgpack.packb([PONG, about]))
-            elif kind == GOODBYE or (kind == ERROR and said[0] == HELLO_FIRST):
+            elif kind == GOODBYE or (kind == ERROR and said[0] in (HELLO_FIRST, SHUTTING_DOWN)):
                 break
             elif kind == ERROR and said[0] == BUSY:
                 time.sleep(said[2] / 1e6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from instep.core.typing import F32
 from instep.frontends.shards import Shard
 from instep.models.model import Model
 from instep.server.server import Server
-from instep_client.protocol.wire import ShardTable
+from instep_client.protocol.wire import Code, ShardTable
 from tests.docs.support.page import DOCS
 from tests.docs.support.protocol_examples import SEED
 from tests.support.gate import GATE_VALUE, Gate
@@ -129,6 +130,35 @@ async def test_it_waits_while_the_server_is_busy(rng: np.random.Generator) -> No
             gate.open()
         status, said, complained = await fed
         assert server.default.engine.stats.busy_total >= 3
+    assert (status, complained) == (0, "")
+    truth, final = whole(SEED, x[:, 0])
+    np.testing.assert_array_equal(np.frombuffer(said, "<f4"), np.concatenate([truth.ravel(), final.ravel()]))
+
+
+async def test_it_waits_for_the_next_server_while_one_drains(rng: np.random.Generator, tmp_path: Path) -> None:
+    x, recording, gate = rng.standard_normal((5, 1, 3)).astype(np.float32), {"file": tmp_path / "seed.instep"}, Gate()
+    async with contextlib.AsyncExitStack() as stack:
+        async with running(SEED, stepper=gate.stepper, recording=recording) as server:
+            relay = await stack.enter_async_context(Relay(server.endpoint))
+            other = await stack.enter_async_context(RawClient(server.endpoint))
+            await other.hello()
+            handles = (await other.open("other")).handles()
+            process = await start(relay.endpoint, 1)
+            while server.default.engine.table.open_count < 2:
+                await asyncio.sleep(0.005)
+            await other.send(*other.step_message(handles, [0], np.full((1, 1, 3), GATE_VALUE, np.float32)))
+            while server.default.engine.pending_frames < 1:
+                await asyncio.sleep(0.005)
+            server.stop()  # it drains until the gate opens
+            fed = asyncio.create_task(feed(process, x))
+            try:
+                while Code.SHUTTING_DOWN not in server.default.engine.stats.refusals() and not fed.done():
+                    await asyncio.sleep(0.005)
+            finally:
+                gate.open()
+        async with running(SEED, recording=recording) as latter:
+            relay.target = latter.endpoint
+            status, said, complained = await fed
     assert (status, complained) == (0, "")
     truth, final = whole(SEED, x[:, 0])
     np.testing.assert_array_equal(np.frombuffer(said, "<f4"), np.concatenate([truth.ravel(), final.ravel()]))
