@@ -550,20 +550,19 @@ class Server(Process):
 
     def told(self, role: ShardRole) -> None:
         """The agent has a role, perhaps an old one."""
-        if not self.is_serving or role.attempt < self.role.attempt:
-            return
-        if role.attempt > self.role.attempt or role.ends != self.ends:
+        if self.is_serving and (role.attempt > self.role.attempt or role.ends != self.ends):
             self.ends = role.ends
             self.work.put(("take_role", role))
 
     async def _take_role(self, role: ShardRole) -> None:
-        is_new, self.role = role.attempt > self.role.attempt, role
-        if is_new and role.counts:
+        if role.attempt <= self.role.attempt:
+            return
+        self.role = role
+        if role.counts:
             await self._end("its role was given to another process")
-        if is_new:
-            self.joining = Link(self.world.node(role.other), role.attempt) if role.other else None
-            if self.joining is not None:
-                self.start(self._copy(self.joining))
+        self.joining = Link(self.world.node(role.other), role.attempt) if role.other else None
+        if self.joining is not None:
+            self.start(self._copy(self.joining))
 
     async def _copy(self, link: Link) -> None:
         """Give the copy all rows, beside the server."""
@@ -894,15 +893,24 @@ class World:
         self.directory.fails_until = 0.0
 
     def check_alive(self, limit_s: float = 120.0) -> None:
-        """Every stream is answered again."""
-        waits = {client.name: client.have for client in self.clients}
+        """Every stream is answered again, and every shard has its copy again."""
+        waits, rules = {client.name: client.have for client in self.clients}, self.directory.rules
         until = self.clock.now + limit_s
-        while waits and self.clock.now < until:
+        while waits or any(view.joining or view.target or len(view.copy) < rules.copies for view in rules.shards):
+            if self.clock.now > until:
+                raise Broken(f"{sorted(waits)} are not answered any more: {rules.shards}")
             self.run(0.5)
             waits = {each.name: each.have for each in self.clients if each.have == waits.get(each.name)}
-        if waits:
-            views = [view._asdict() for view in self.directory.rules.shards]
-            raise Broken(f"{sorted(waits)} are not answered any more: {views}")
+
+    def check_even(self, limit_s: float = 120.0) -> None:
+        """No node has two servers more than another."""
+        until, spread = self.clock.now + limit_s, 2
+        while spread > 1:
+            if self.clock.now > until:
+                raise Broken(f"servers are not spread evenly: {self.directory.rules.shards}")
+            self.run(0.5)
+            servers = Counter(view.server for view in self.directory.rules.shards)
+            spread = max(servers[node.name] for node in self.nodes) - min(servers[node.name] for node in self.nodes)
 
     def fault(self) -> None:
         """Something happens."""
@@ -986,6 +994,7 @@ def simulate(seed: int, broken: frozenset[Rule] = frozenset(), seconds: float = 
         world.directory.rules.undrain(name)
     world.run(2 * DEAD_S)
     world.check_alive()
+    world.check_even()
     for view in world.directory.rules.shards:
         world.clock.seen["terms"] += view.term
     return world.clock.seen

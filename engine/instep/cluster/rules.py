@@ -78,7 +78,7 @@ class ShardRole(NamedTuple):
     ends: bool
     """Whether the server is to end in order, because its copy takes its place."""
     attempt: int
-    """The attempt that makes, or has made, that copy. A role with a lower one than before is an old role."""
+    """The attempt that makes, or has made, that copy. A server follows only a higher one than before."""
     begun: bool
     """If not, this is the first server of the shard, which creates the recording. Otherwise the recording must exist:
     a node that does not have it says `gone`, and starts no server."""
@@ -474,20 +474,11 @@ class Assignments:
         return roles.get(node, [])
 
     def _server_role(self, shard: int) -> ShardRole:
-        view = self.shards[shard]
-        other = view.joining or view.copy
-        return ShardRole(
-            shard=shard,
-            term=view.term,
-            is_server=True,
-            other=other,
-            address=self.nodes[other].report.address if other in self.nodes else "",
-            counts=bool(other) and not view.joining,
-            ends=bool(view.target) and view.copy == view.target,
-            attempt=view.attempt if view.joining else view.copy_attempt,
-            begun=view.begun,
-            needs_copy=self.needs_copy,
-        )
+        term, _, copy, copy_attempt, joining, attempt, target, begun, *_ = self.shards[shard]
+        other, counts, attempt = (joining, False, attempt) if joining else (copy, bool(copy), copy_attempt)
+        address = self.nodes[other].report.address if other in self.nodes else ""
+        ends = bool(target) and copy == target
+        return ShardRole(shard, term, True, other, address, counts, ends, attempt, begun, self.needs_copy)
 
     def table(self) -> ShardTable:
         """Where clients find the shards; no endpoint while nobody serves one."""
