@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import random
+import signal
 import socket
 import sqlite3
 import time
@@ -97,6 +98,11 @@ class ClusterNode:
         for process in self._frozen:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
+
+    def reload(self) -> None:
+        """SIGHUP for the agent."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGHUP)
 
     def stop(self) -> int:
         """End in order; the exit status."""

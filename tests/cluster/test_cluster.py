@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -109,9 +110,10 @@ async def test_moves_and_a_drained_node(tmp_path: Path) -> None:
         shard = cluster.status()[0]
         (third,) = {node.name for node in cluster.nodes} - {shard["server"], shard["copy"]}
         for target in (shard["copy"], third):
+            await cluster.until_whole()
             cluster.ask("move", 0, target)
-            await cluster.until(lambda shards: not shards[0]["target"])
-            assert cluster.status()[0]["server"] == target
+            moved = re.compile(f'shard=0 change="moved from n[0-9]" term=[0-9]+ server={target}')
+            await cluster.until(lambda _: moved.search((tmp_path / "directory.log").read_text()) is not None)  # noqa: B023
             await load.progress()
         await cluster.until_whole()
         cluster.ask("drain", "n1")
@@ -148,6 +150,7 @@ async def test_what_a_node_refuses_and_shows(tmp_path: Path) -> None:
         (shard,) = (each["shard"] for each in cluster.status() if each["server"] == "n0")
         assert f'instep_shard_up{{shard="{shard}"}} 1' in await asyncio.to_thread(get, "/metrics")
         assert [each["shard"] for each in json.loads(await asyncio.to_thread(get, "/readyz"))["shards"]] == [shard]
+        cluster.nodes[0].reload()
         cluster.ask("drain", "n0")
         await cluster.until(lambda shards: all(each["server"] == "n1" for each in shards))
         assert "shard_up" not in await asyncio.to_thread(get, "/metrics")

@@ -77,10 +77,6 @@ class NodeProcess:
         with suppress(OSError):
             self.pipe.send(msgpack.packb(message), socket.MSG_DONTWAIT)
 
-    def messages(self) -> list[Any]:
-        """All that it has sent."""
-        return received(self.pipe)
-
 
 def received(pipe: socket.socket) -> list[Any]:
     """The messages that have arrived; none if the other end is closed."""
@@ -183,7 +179,7 @@ class Agent:
 
     def _hear_directory(self) -> bool:
         has_changed = False
-        for is_granted, value in self._relay.messages():
+        for is_granted, value in received(self._relay.pipe):
             if value == []:  # it is about to find out who has what
                 self._has = self._find_recordings()
             elif is_granted and value is not None:
@@ -201,7 +197,7 @@ class Agent:
     def _hear_processes(self) -> bool:
         has_changed = False
         for process in self._processes.values():
-            for endpoint in process.messages():
+            for endpoint in received(process.pipe):
                 has_changed, process.endpoint = True, endpoint
                 if not endpoint and process.was_told_to_end:
                     self._ended.add((process.role.shard, process.role.term))
@@ -234,7 +230,7 @@ class Agent:
                 self._kept.setdefault(shard, Kept())
                 self._processes[shard] = self._fork(role, self._serve if role.is_server else self._hold)
         self._ended = {of for of in self._ended if of[0] in self._roles}
-        self._kept = {shard: kept for shard, kept in self._kept.items() if shard in self._processes}
+        self._kept = {shard: kept for shard, kept in self._kept.items() if shard in self._roles}
         return before != {each.pid for each in self._processes.values()}
 
     def _is_gone(self, role: ShardRole) -> bool:
@@ -259,6 +255,7 @@ class Agent:
         os.setpgid(0, 0)
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         end_with_parent(agent, signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until it has a handler
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         ours.close()
@@ -288,8 +285,10 @@ class Agent:
         if pid == self._relay.pid:
             self._relay.pipe.close()
             self._relay = self._fork(_HELPS, self._talk)
-        elif pid == self._admin.pid and os.WIFSIGNALED(status):
-            self._admin = self._fork(_HELPS, self._administer)
+        elif pid == self._admin.pid:
+            self._admin.pid = 0  # as it is to be without http.endpoint, or where that cannot be used
+            if os.WIFSIGNALED(status):
+                self._admin = self._fork(_HELPS, self._administer)
         for process in list(self._processes.values()):
             if process.pid == pid:
                 self._remove(process)
@@ -322,7 +321,8 @@ class Agent:
 
     def _reload(self, *_: object) -> None:
         self._signal_servers(signal.SIGHUP)
-        os.kill(self._admin.pid, signal.SIGHUP)
+        if self._admin.pid:
+            os.kill(self._admin.pid, signal.SIGHUP)
 
     def _signal_servers(self, number: int) -> None:
         for each in self._processes.values():
@@ -336,6 +336,7 @@ class Agent:
         while self._stops == 1 and any(each.role.is_server for each in self._processes.values()):
             time.sleep(_LOOK_EVERY_S)
             self._bury()
+            self._say()  # it is not lost, and still has copies
         for shard in list(self._processes):
             self._kill(shard)
         if any(len(deaths) > MOST_RESTARTS for deaths in self._deaths.values()):
@@ -384,10 +385,14 @@ class Agent:
                 place.table = _as_table(*table)
                 copied.follow(ShardRole(*role))
 
+        def reread() -> Config:  # models stay: the next process of any shard here is a fork that has these
+            found = self._launch.reread().model_copy(update={"model": config.model})
+            return config_of_shard(found, role.shard, self._sockets)
+
         launch = replace(
             self._launch,
             config=config_of_shard(config, role.shard, self._sockets),
-            reread=lambda: config_of_shard(self._launch.reread(), role.shard, self._sockets),
+            reread=reread,
             log=log,
             service_manager=ServiceManager({}, log, self._shards),
             shard=place,
