@@ -127,7 +127,7 @@ class MemoryReader(RecordingReader):
     """The engine's reader over a `Disk`."""
 
     def __init__(self, disk: Any, header: RecordingHeader | None = None) -> None:
-        self.path, self._since = disk, 0
+        self.path, self._since, self.second_place = disk, 0, None
         self.header = HEADER[0] if header is None else header
         self._image: Image = disk.image
         self._find_ends()
@@ -173,7 +173,7 @@ class MemoryWriter(RecordingWriter):
 
     def __init__(self, disk: Any, header: RecordingHeader) -> None:
         newest = disk.image["newest"].values()
-        self.path, self._since = disk, 0
+        self.path, self._since, self.second_place = disk, 0, None
         self.header = header
         self.position = next(iter(newest))[0] if newest else 0
         self._disk: Disk = disk
