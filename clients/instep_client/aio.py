@@ -234,6 +234,9 @@ class AsyncStream(StreamView):
     async def fork(self, name: str) -> AsyncStream:
         """Open a new stream with this one's state and seq, after all sent frames were answered.
 
+        In a cluster the name must belong to this stream's shard (`wire.shard_of`), or is refused with WRONG_SHARD;
+        `client.restore(await stream.snapshot(), name)` takes any name.
+
         Raises:
             StreamRefused: when the server refuses the new stream.
             ConnectionFailed: when the connection was lost and the new stream may be open.
@@ -280,7 +283,13 @@ class AsyncGroup(GroupView):
         _raise_first([call for _, call in calls], names)
         return cls(names, [GroupPart(link, call.result(), where) for link, where, call in asked])
 
+    def _check_handles(self) -> None:
+        for (session, _), handle, _ in self._parts:
+            session.check_handle(handle)  # so that no part is asked if another one fails
+
     async def _ask(self, ask: Callable[[GroupPart], Call[R]]) -> list[R]:
+        for part in self._parts:
+            part.link.session.check_open()
         asked = [(part.link, ask(part)) for part in self._parts]
         await all_of(asked)
         _raise_first([call for _, call in asked], self._names)
@@ -310,7 +319,7 @@ class AsyncGroup(GroupView):
         return await driver.wait(session.step(handle, x, rows))
 
     async def _step_shards(self, x: npt.ArrayLike, rows: npt.ArrayLike | None) -> TimedOutputs:
-        info = self._parts[0].link.session.check_open()
+        info = self._parts[0].link.session.info
         taken = np.arange(len(self)) if rows is None else row_indices(rows, len(self))
         frames, prefix = group_frames(x, len(taken), info.features)
         asked = []
@@ -350,19 +359,19 @@ class AsyncGroup(GroupView):
             StreamRefused: naming the first stream that the server refuses; others may have been reset.
             InvalidInput: for states of another shape.
         """
+        self._check_handles()
         own = iter(_split(states, self._parts[0].link.session, [part.where for part in self._parts], len(self)))
         await self._ask(lambda part: part.link.session.reset(part.handle, next(own)))
 
     async def fork(self, names: Sequence[str]) -> AsyncGroup:
         """Open a new stream for each of these, with its state and seq; see `AsyncStream.fork`.
 
-        A name must belong to the shard of the stream that it copies (`wire.shard_of`), or is refused with WRONG_SHARD.
+        In a cluster each name must belong to the shard of the stream that it copies.
         """
         names = good_names(names)
         if len(names) != len(self):
             raise InvalidInput(f"{len(self)} streams are copied, there are names for {len(names)}")
-        for (session, _), handle, _ in self._parts:
-            session.check_handle(handle)  # so that no part is asked for if another one fails
+        self._check_handles()
         forks = [
             (link, where, link.session.fork(handle, [names[index] for index in where.tolist()]))
             for link, handle, where in self._parts
@@ -393,7 +402,8 @@ def _raise_first(calls: Sequence[Call[Any]], names: Sequence[str]) -> None:
     """Raise the error of a group's parts that is about its first stream."""
     errors = [call.error for call in calls if call.error is not None]
     if errors:
-        raise min(errors, key=lambda error: names.index(getattr(error, "stream", names[0])))
+        places = {name: place for place, name in enumerate(names)}  # a fork's error may name a stream that it copies
+        raise min(errors, key=lambda error: places.get(getattr(error, "stream", ""), 0))
 
 
 def _joined(
@@ -695,7 +705,7 @@ class AsyncClient:
 
     async def ping(self) -> float:
         """The time of a round trip to the server, in seconds; of a cluster, to the one connected first."""
-        session, driver = self._links.first
+        session, driver = await self._links.of_shard(self._links.first.session.shard)
         return await driver.wait(session.ping(time.monotonic()))
 
     async def stats(self) -> dict[str, float]:

@@ -261,15 +261,12 @@ class Attempts:
         """Note an answer over the new connection, so that the next loss starts a new count."""
         self._lost_at = None
 
-    def why_given_up(self) -> str:
+    def why_given_up(self, cure: str) -> str:
         """A sentence with the reason of the loss, which says that no other connection was made in time."""
         if not self.reconnect_s:
             return self.why
         end = " " if self.why.endswith("?") else "; "
-        return (
-            f"{self.why}{end}this client then tried to connect again for {self.reconnect_s:g} s and has given up: "
-            "make another client"
-        )
+        return f"{self.why}{end}attempts to connect again for {self.reconnect_s:g} s have failed: {cure}"
 
 
 def cannot_continue(former: ServerInfo, info: ServerInfo) -> str:

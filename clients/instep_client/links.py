@@ -1,7 +1,7 @@
 """The connections of one client: the first one, and those to other shards of its server's cluster.
 
 Most clients have one. The first welcome says whether the server is a shard of a cluster; then the connections to other
-shards are made when they are needed first, and `Links` asks where the shards are: four times a second while one of them
+shards are made when they are first needed, and `Links` asks where the shards are: four times a second while one of them
 is in trouble, and once a minute otherwise.
 """
 
@@ -152,6 +152,8 @@ class Links:
         link.session.join(first, shard, time.monotonic())
         link.driver.begin()
         self._by_shard[shard] = link
+        if former is self.first:
+            self.first = link
         if former is not None:
             await former.driver.stop()
         return link

@@ -562,7 +562,8 @@ class Session:
             return
         problem = cannot_continue(former, info)
         if problem:
-            self.fail(ConnectionFailed, f"the server at {self.endpoint} was restarted with {problem}; connect again")
+            has = "was restarted with" if former.shard == info.shard else "has"  # where it is this one's first welcome
+            self.fail(ConnectionFailed, f"the server at {self.endpoint} {has} {problem}; make another client")
             return
         self.forgets = info.boot_id != former.boot_id and info.durability == "memory"
         self._claim = Claim(self, self.table.live_rows())
@@ -593,7 +594,7 @@ class Session:
             self.fail(ConnectionFailed, sentence)
             return
         if not self.attempts.lost(self.now, sentence):
-            self.fail(ConnectionFailed, self.attempts.why_given_up())
+            self._give_up()
             return
         self.state = RECONNECTING
         self._claim = None
@@ -603,12 +604,19 @@ class Session:
                 self._postponed[request] = None
         self._silence.lost()
 
+    def _give_up(self) -> None:
+        if len(self.shards) == 1:
+            self.fail(ConnectionFailed, self.attempts.why_given_up("make another client"))
+        else:  # the next call that opens or resumes makes another session
+            why = self.attempts.why_given_up("open or resume its streams to try again")
+            self.fail(ConnectionFailed, f"shard {self.shard}: {why}")
+
     def _recover(self) -> None:
         if self._claim is not None:  # only silence ends the attempt now
             if self.now >= self.attempts.deadline() and not self.outbox.waits_for(Kind.RESUMED):
                 self._claim.ask()
         elif self.attempts.is_over(self.now):
-            self.fail(ConnectionFailed, self.attempts.why_given_up())
+            self._give_up()
         elif self.attempts.is_due(self.now) and self.is_waiting:
             self.lose(f"nobody answers at {self.endpoint}")
         elif self.attempts.is_due(self.now):

@@ -70,7 +70,7 @@ async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
 
 async def models(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     """List the server's models; the first one is the default."""
-    async with connected(target, "models", terminal, stop) as client:
+    async with connected(target, "models", terminal, stop, reconnect_s=0.0) as client:
         found = await client.list_models()
     if terminal.as_json:
         terminal.result({"models": [model._asdict() for model in found]})
@@ -85,7 +85,7 @@ async def stats(target: Target, terminal: Terminal, stop: Stop) -> Exit:
 
     docs/operations.md explains them as metrics.
     """
-    async with connected(target, "stats", terminal, stop) as client:
+    async with connected(target, "stats", terminal, stop, reconnect_s=0.0) as client:
         numbers, model = await client.stats(), client.info.model
     if terminal.as_json:
         terminal.result({"model": model, **numbers})

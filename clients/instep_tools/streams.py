@@ -41,7 +41,7 @@ async def show(
     The table shows where each one is (connected, parked or hibernating), its next seq, and how long the server keeps it
     if it stays idle; of a cluster also its shard.
     """
-    async with connected(target, "streams", terminal, stop) as client:
+    async with connected(target, "streams", terminal, stop, reconnect_s=0.0) as client:
         found, info = await client.list_streams(prefix or "", place), client.info
     found.sort(key=lambda stream: -stream.idle_s)
     shown = found[:limit]
@@ -100,7 +100,7 @@ async def _remove(
 ) -> Exit:
     if not names and prefix is None and place is None:
         raise CommandProblem("say which streams: their names, --prefix, or --place")
-    async with connected(target, "streams", terminal, stop) as client:
+    async with connected(target, "streams", terminal, stop, reconnect_s=0.0) as client:
         by_name = bool(names)
         if not by_name:
             names = [stream.name for stream in await client.list_streams(prefix or "", place)]

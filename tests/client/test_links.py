@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, closing
@@ -13,6 +14,7 @@ from socket import create_server
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -215,6 +217,22 @@ def test_one_of_several_endpoints_has_to_answer(server: FakeServer) -> None:
     assert dead in str(refused.value)
 
 
+async def test_of_two_servers_that_answer_at_once_one_is_left() -> None:
+    with FakeServer() as first, FakeServer() as other:
+        ports = {int(server.endpoint.rpartition(":")[2]) for server in (first, other)}
+        client = AsyncClient(f"{first.endpoint},{other.endpoint}")
+        with first.paused(), other.paused():
+            connecting = asyncio.create_task(client.connect())
+            await asyncio.sleep(0.5)
+        time.sleep(0.5)  # noqa: ASYNC251  # so that the client finds two answers
+        await connecting
+        async with asyncio.timeout(20):
+            while sum(each.raddr[1:] in {(port,) for port in ports} for each in psutil.Process().net_connections()) > 1:
+                await asyncio.sleep(0.05)
+        assert (await client.open("a")).next_seq == 0
+        await client.close()
+
+
 async def test_to_connect_again_is_refused_and_disturbs_nothing(client: AsyncClient) -> None:
     stream = await client.open("a")
     with pytest.raises(ClientClosed):
@@ -269,7 +287,7 @@ async def test_a_server_that_is_well_is_left_for_one_of_a_higher_term() -> None:
             assert np.array_equal(await stream.step(FRAMES[1:]), reference(FRAMES)[0][1:])
 
 
-async def test_a_cancelled_step_of_two_shards_leaves_both_in_order() -> None:
+async def test_a_cancelled_step_or_opening_of_two_shards_leaves_both_in_order() -> None:
     with fake_shards((0, 0), (1, 0)) as (first, other):
         async with AsyncClient(first.endpoint) as client:
             group = await client.open_group([OF_0, OF_1])
@@ -279,6 +297,12 @@ async def test_a_cancelled_step_of_two_shards_leaves_both_in_order() -> None:
                     async with asyncio.timeout(0.2):
                         await group.step(x[0])
                 assert group.next_seqs.tolist() == [1, 1]
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.2):
+                        await client.open_group(["b", OF_1 + "b"])
+            while not all(Kind.CLOSE in server.rules.kinds for server in (first, other)):
+                await asyncio.sleep(0.01)
+            await client.open_group(["b", OF_1 + "b"])
             assert np.array_equal(await group.step(x[1:]), np.stack([reference(FRAMES)[0][1:]] * 2, 1))
 
 
@@ -319,6 +343,42 @@ async def test_tables_and_servers_of_a_lower_term_are_not_followed() -> None:
             other.rules.table[0] = (3, successor.endpoint)
             assert np.array_equal(await waiting, reference(FRAMES)[0][1:])
         assert former.rules.kinds == []
+
+
+async def test_a_shard_that_was_given_up_costs_the_others_nothing_and_is_tried_again() -> None:
+    with fake_shards((0, 0), (1, 0)) as (first, other):
+        for lost, kept, ended in ((first, other, OF_0), (other, first, OF_1)):
+            names = sorted([OF_0, OF_1], key=lambda name: name == ended)
+            async with AsyncClient(first.endpoint, reconnect_s=0.0) as client:
+                group = await client.open_group(names)
+                say_goodbye(lost)
+                with pytest.raises(ConnectionFailed, match=f"shard {lost.rules.info.shard}"):
+                    await group.step(np.stack([FRAMES, FRAMES], 1))
+                assert (await group.step(FRAMES[:1], rows=[0])).shape == (1, 2)
+                for call in (group.close, group.reset):
+                    with pytest.raises(ConnectionFailed):
+                        await call()
+                assert list(kept.rules.names) == names[:1]
+                await at(lost, lost.rules.restart)
+                assert await client.ping() < 10
+                await (await client.resume_group(names, take_over=True)).close()
+                assert client.is_connected
+
+
+async def test_a_fork_of_streams_that_end_meanwhile_names_what_has_ended(server: FakeServer) -> None:
+    async with AsyncClient(server.endpoint) as client:
+        group = await client.open_group(["a", "b"])
+        server.rules.holding = True
+        step = asyncio.create_task(group.step(FRAMES[:2]))
+        fork = asyncio.create_task(group.fork(["c", "d"]))
+        while Kind.STEP not in server.rules.kinds:
+            await asyncio.sleep(0.01)
+        server.evict(["b"], Code.BY_OPERATOR)
+        server.release()
+        assert (await step).shape == (2, 2)
+        with pytest.raises(StreamEvicted) as evicted:
+            await fork
+        assert (evicted.value.code, evicted.value.stream) == (Code.BY_OPERATOR, "b")
 
 
 async def test_another_number_of_shards_ends_the_client() -> None:
