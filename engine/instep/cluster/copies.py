@@ -192,7 +192,7 @@ class CopiedShard:
                 self._waiting_bytes += _bytes_of(statements)
                 if self._waiting_bytes > MAX_MESSAGE_BYTES:
                     self._waiting = None
-            self._reach_copy()
+            self.barrier()
 
     def barrier(self) -> None:
         """Return once the copy, if there is one, has committed what was sent.
@@ -201,12 +201,12 @@ class CopiedShard:
             RecordingError: another node serves the shard.
         """
         with self._changed:
-            self._reach_copy()
+            self._tell(lambda copy: copy.ask("commit", within_s=self._timeout_s))
+            while self._role.needs_copy and not self._shard.is_copied and not self._is_over:
+                self._changed.wait()
+            self._check_term()
 
-    def _reach_copy(self) -> None:
-        self._tell(lambda copy: copy.ask("commit", within_s=self._timeout_s))
-        while self._role.needs_copy and not self._shard.is_copied and not self._is_over:
-            self._changed.wait()
+    def _check_term(self) -> None:
         if self._is_over:
             raise RecordingError(f"shard {self._role.shard} has had another server since term {self._role.term}")
 
@@ -228,7 +228,7 @@ class CopiedShard:
         self._log.warning("copy lost", node=role.other, reason=reason)
         if not self._directory.dropped(role.shard, role.term, role.attempt):
             self._is_over = self.is_used = True
-            raise RecordingError(f"shard {role.shard} has had another server since term {role.term}")
+        self._check_term()
 
     def _let_go(self) -> None:
         if self._copy is not None:
@@ -283,7 +283,7 @@ class CopiedShard:
         while self._catch_up(copy) > _CAUGHT_UP_S:
             pass
         with self._changed:
-            self._send(copy, self._waiting)
+            self._catch_up(copy)
             self._copy, self._waiting = copy, None
             self._say(used=True)
         if not self._directory.attached(role.shard, role.term, role.attempt):
@@ -297,29 +297,19 @@ class CopiedShard:
         """Send what was committed since the last call; return the seconds that it took."""
         began_s = time.monotonic()
         with self._changed:
-            waiting, self._waiting_bytes = self._waiting, 0
-            if self._waiting is not None:
-                self._waiting = []
-        self._send(copy, waiting)
-        return time.monotonic() - began_s
-
-    def _send(self, copy: Caller, waiting: list[tuple[str, Sequence[Statement]]] | None) -> None:
-        if waiting is None:
-            raise Rejected("it takes less than is recorded")
+            if self._waiting is None:
+                raise Rejected("it takes less than is recorded")
+            waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         for first in range(0, len(waiting), _AT_ONCE):
             for file, statements in waiting[first : first + _AT_ONCE]:
                 copy.send("write", file, statements)
             copy.ask("commit", within_s=self._timeout_s)
+        return time.monotonic() - began_s
 
     def _positions_of_copy(self) -> dict[str, int] | None:
-        copy = self._call(self._role)
-        try:
-            found: dict[str, int] = copy.ask("positions", within_s=self._timeout_s)
-            return found
-        except (NoAnswer, Rejected):
-            return None
-        finally:
-            copy.close()
+        with closing(self._call(self._role)) as copy, suppress(NoAnswer, Rejected):
+            return dict(copy.ask("positions", within_s=self._timeout_s))
+        return None
 
 
 def _portions(file: Path) -> Iterator[Statement]:
