@@ -197,6 +197,8 @@ def attach(kit: Kit, copied: CopiedShard) -> None:
 
 def test_the_rows_of_both_are_equal_whenever_a_copy_begins(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "_PORTION_BYTES", 1024)
+    monkeypatch.setattr(copies, "_AHEAD_BYTES", 2048)
+    monkeypatch.setattr(copies, "_HELD_UP_S", 0.001)
     monkeypatch.setattr(copies, "_AGAIN_S", 0.0)
     copied = kit.copied()
     copied.begin()

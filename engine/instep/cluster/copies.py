@@ -45,8 +45,11 @@ _PORTION_BYTES: Final = 2**20
 _ROW_BYTES: Final = 64
 _AT_ONCE: Final = 64
 """Transactions that waited and that the copy commits together."""
-_CAUGHT_UP_S: Final = 0.05
+_CAUGHT_UP_S: Final = 0.15
 """A copy that takes what was committed meanwhile within this time gets the rest while the recorder waits."""
+_AHEAD_BYTES: Final = 2**24
+_HELD_UP_S: Final = 0.2
+"""While more than that waits for a copy that begins, each commit takes so much longer, so that the copy catches up."""
 _COPIED_FIRST_BYTES: Final = 2**26
 """A server that begins gives a copy that counts all of a recording up to this size before it answers."""
 _WHOLE_S: Final = 30.0
@@ -192,6 +195,8 @@ class CopiedShard:
                 self._waiting_bytes += _bytes_of(statements)
                 if self._waiting_bytes > MAX_MESSAGE_BYTES:
                     self._waiting = None
+                elif self._waiting_bytes > _AHEAD_BYTES:
+                    self._changed.wait(_HELD_UP_S)
             self.barrier()
 
     def barrier(self) -> None:
@@ -317,16 +322,19 @@ def _portions(file: Path) -> Iterator[Statement]:
     with closing(_read_only(file)) as database:
         yield insertion("header"), database.execute("SELECT * FROM header").fetchall()
         for table in TABLES:
-            statement, rows = SET_NEWEST if table == "newest" else insertion(table), _some_rows(database, table, -1)
+            statement = SET_NEWEST if table == "newest" else insertion(table)
+            ((last,),) = database.execute(f"SELECT ifnull(max(rowid), 0) FROM {table}")  # later rows are sent anyway
+            rows = _some_rows(database, table, -1, last)
             while rows:
                 yield statement, [row[1:] for row in rows]
-                rows = _some_rows(database, table, rows[-1][0])
+                rows = _some_rows(database, table, rows[-1][0], last)
 
 
-def _some_rows(database: sqlite3.Connection, table: str, after: int) -> list[tuple[Any, ...]]:
-    """Rows of about 1 MiB after a rowid, which comes first in each."""
+def _some_rows(database: sqlite3.Connection, table: str, after: int, last: int) -> list[tuple[Any, ...]]:
+    """Rows of about 1 MiB between two rowids; in each, its rowid comes first."""
     rows, size = [], 0
-    with closing(database.execute(f"SELECT rowid, * FROM {table} WHERE rowid > ? ORDER BY rowid", (after,))) as found:
+    query = f"SELECT rowid, * FROM {table} WHERE rowid > ? AND rowid <= ? ORDER BY rowid"
+    with closing(database.execute(query, (after, last))) as found:
         while size < _PORTION_BYTES and (row := found.fetchone()):
             rows.append(row)
             size += _bytes_of([("", [row])])
