@@ -217,7 +217,7 @@ def serve(
 
 @cluster_app.command(
     examples=[
-        "instep cluster up /srv/models/ears --on ray --shards 12 --record /var/lib/instep",
+        "instep cluster up /srv/ears --on ray --shards 12 --record /var/lib/instep",
     ]
 )
 @takes_settings

@@ -202,6 +202,21 @@ def test_operators_see_shards_and_nodes_and_change_what_they_may(tmp_path: Path)
         assert command(directory, "accept-loss", "0", "a").exit_code == 2
 
 
+def test_a_shard_that_its_node_has_given_up_is_taken_over_by_its_copy(tmp_path: Path) -> None:
+    with serving(tmp_path) as directory, nodes_of(directory) as nodes:
+        nodes.until(have_servers, "a", "b")
+        time.sleep(1.0)  # servers are answered once nodes have had time to be heard
+        shard = next(role.shard for role in nodes.roles["a"].values() if role.is_server)
+        client = DirectoryClient(nodes.caller("a"), LOG)
+        assert client.begins(shard, 1, "a") is not None
+        nodes.say("a", given_up=[(shard, 1)])
+        assert "given it up" in json.loads(command(directory, "status", "--json").stdout)["shards"][shard]["problem"]
+        nodes.until(lambda roles: bool(roles["a"][shard].other), "a", "b")
+        assert client.attached(shard, 1, nodes.roles["a"][shard].attempt)
+        nodes.say("a", given_up=[(shard, 1)])
+        nodes.until(lambda roles: servers(roles)[shard] == "b", "a", "b")
+
+
 def test_a_command_without_a_directory_says_so() -> None:
     result = CliRunner().invoke(app, ["cluster", "status", "--directory", "127.0.0.1:9"])
     assert result.exit_code == 2

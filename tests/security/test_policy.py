@@ -40,7 +40,7 @@ def test_what_each_role_may_do_with_streams_that_match(verb: Verb, roles: set[Ro
 
 def test_nodes_speak_among_themselves_and_operators_manage_them() -> None:
     assert {role for role in Role if allowed(principal(role), Verb.TAKE_PART)} == {NODE}
-    assert {role for role in Role if allowed(principal(role), Verb.MANAGE)} == {NODE, OPERATOR}
+    assert {role for role in Role if allowed(principal(role), Verb.MANAGE)} == {OPERATOR}
 
 
 def test_a_model_is_one_of_those_named() -> None:

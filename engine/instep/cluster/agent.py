@@ -118,6 +118,8 @@ class Agent:
         self._deaths: dict[tuple[int, int], deque[float]] = {}
         self._kept: dict[int, Kept] = {}
         self._refusal = ""
+        self._has_failed = False
+        """Whether a server did not end in order."""
         self._stops = 0
 
     def run(self) -> int:
@@ -172,7 +174,7 @@ class Agent:
         news = {
             "serves": [(k, each.role.term, each.endpoint) for k, each in self._processes.items() if each.endpoint],
             "ended": sorted(self._ended),
-            "given_up": [of for of, deaths in self._deaths.items() if len(deaths) > MOST_RESTARTS],
+            "given_up": self._given_up(),
             "gone": [(role.shard, role.term) for role in self._roles.values() if self._is_gone(role)],
         }
         self._relay.tell(["heard", [*about[:-1], has], news, self._told])
@@ -301,6 +303,7 @@ class Agent:
         if status == 0 and process.was_told_to_end:
             self._ended.add(of)
         if self._stops or of in self._ended:
+            self._has_failed |= status != 0
             return
         self._deaths = {each: deaths for each, deaths in self._deaths.items() if each[0] != of[0] or each == of}
         deaths = self._deaths.setdefault(of, deque(maxlen=MOST_RESTARTS + 1))
@@ -339,9 +342,12 @@ class Agent:
             self._say()  # it is not lost, and still has copies
         for shard in list(self._processes):
             self._kill(shard)
-        if any(len(deaths) > MOST_RESTARTS for deaths in self._deaths.values()):
-            return 1
-        return 130 if self._stops > 1 else 0
+        if self._stops > 1:
+            return 130
+        return int(self._has_failed or bool(self._given_up()))
+
+    def _given_up(self) -> list[tuple[int, int]]:
+        return [of for of, deaths in self._deaths.items() if len(deaths) > MOST_RESTARTS]
 
     # What the forked processes do.
 

@@ -142,7 +142,8 @@ def accept_loss(
 ) -> None:
     """Serve a shard whose server and copy are both lost from what a node has of it, which may be older or nothing.
 
-    Streams whose newest frames are lost get DATA_LOSS. Exit status 0: done. 2: it is not needed, or not possible.
+    End the agents of the lost nodes first: a server that is only cut off would go on. Streams whose newest frames are
+    lost get DATA_LOSS. Exit status 0: done. 2: it is not needed, or not possible.
     """
     ask("accept_loss", shard, node)
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -71,7 +72,9 @@ class Store:
             new.replace(self._folder / f"{key}.json")
             os.fsync(self._descriptor)
         except OSError as error:
-            self.problem = f"the directory cannot store what it decides: {error}"
+            before, self.problem = self.problem, f"the directory cannot store what it decides: {error}"
+            if self.problem != before:
+                self._log.error("not stored", reason=self.problem)
             raise
         self.problem = ""
         if event := row.get("event"):
@@ -95,7 +98,6 @@ class Directory:
         """The shards and terms whose processes each agent starts no more."""
         self._hears_from = time.monotonic() + _SETTLES_S
         self._told = ""
-        self._reported = ""
         self._ends = False
 
     @property
@@ -111,10 +113,8 @@ class Directory:
                 self._take(request)
             if (now := time.monotonic()) >= decide_at:
                 decide_at = now + TICK_S
-                try:
+                with suppress(OSError):  # the store has said so
                     self._rules.decide(now)
-                except OSError:
-                    self._report_store()
             if failures := self._listener.failures():
                 self._log.warning("handshakes failed", **failures)
             if self._told != self._version:
@@ -142,7 +142,6 @@ class Directory:
         except ClusterRefused as error:
             self._listener.refuse(request, str(error))
         except OSError:
-            self._report_store()
             self._listener.refuse(request, self._store.problem)
         except (TypeError, ValueError, IndexError, KeyError) as error:
             self._log.warning(
@@ -189,7 +188,11 @@ class Directory:
             self._rules.ended(shard, term)
         for shard, term in news["gone"]:
             self._rules.gone(shard, term)
-        self._given_up[name] = {tuple(each) for each in news["given_up"]}
+        self._given_up[name] = {(shard, term) for shard, term in news["given_up"]}
+        for shard, term in self._given_up[name]:
+            if self._rules.shards[shard].server == name:
+                self._rules.serves(shard, term, name, "")
+                self._rules.gone(shard, term)  # its copy, if it has one, takes its place
         return self._news(report.name) if told != self._version else None
 
     def _status(self) -> dict[str, Any]:
@@ -227,11 +230,6 @@ class Directory:
         table = self._rules.table()
         roles = [_with_port(role, self._rules.count) for role in self._rules.roles(node)]
         return [self._version, roles, table.terms.tolist(), table.endpoints]
-
-    def _report_store(self) -> None:
-        if self._reported != self._store.problem:
-            self._reported = self._store.problem
-            self._log.error("not stored", reason=self._store.problem)
 
 
 def _with_port(role: ShardRole, count: int) -> ShardRole:

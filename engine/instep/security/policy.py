@@ -45,7 +45,7 @@ _ROLES: Final = {
     Verb.USE: _OWNERS,
     Verb.LIST: _ALL,
     Verb.REMOVE: frozenset({Role.OPERATOR}),
-    Verb.MANAGE: frozenset({Role.OPERATOR, Role.NODE}),
+    Verb.MANAGE: frozenset({Role.OPERATOR}),
     Verb.TAKE_PART: frozenset({Role.NODE}),
 }
 
