@@ -147,6 +147,16 @@ def test_a_drained_node_ends_up_with_nothing_and_gets_nothing() -> None:
     assert cluster.counts() == ([2, 2, 2], [2, 2, 2])
 
 
+def test_a_node_that_was_drained_and_is_used_again_gets_copies_at_once() -> None:
+    cluster = running(shards=8, nodes="ab")
+    cluster.rules.drain("a")
+    cluster.run(60.0)
+    assert cluster.counts() == ([0, 8], [0, 4]), "copies for which there is no other node stay"
+    cluster.rules.undrain("a")
+    cluster.run(1.0)
+    assert all(copy for _, _, copy in cluster.places())
+
+
 def test_a_shard_is_moved_through_its_copy() -> None:
     cluster = running(shards=1)
     _, server, copy = cluster.places()[0]

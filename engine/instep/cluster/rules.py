@@ -256,7 +256,9 @@ class Assignments:
             left = {"joining": ""} if is_joining else {"copy": ""}
             target = "" if lost == view.target else view.target
             view = self._change(shard, f"lost the copy on {lost}", target=target, **left)
-            if node := self.nodes.get(lost):
+            # a server that begins, or for which another copy is being made, need not have found anything wrong
+            has_failed = is_joining or (self._endpoint(shard) and not view.joining)
+            if has_failed and (node := self.nodes.get(lost)):
                 node.avoid_until = self._now + min(2.0**node.failures, MAX_AVOID_S)
                 node.failures += 1
         return not view.copy or (attempt == view.attempt != view.copy_attempt)
