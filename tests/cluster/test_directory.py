@@ -25,6 +25,7 @@ from tests.support.running import log_into
 
 LOG = log_into([])
 WITHIN_S = 20.0
+NEWS: dict[str, Any] = {"serves": [], "ended": [], "gone": [], "given_up": []}
 
 
 @contextmanager
@@ -59,7 +60,7 @@ class Nodes:
     def say(self, name: str, **news: Any) -> Any:
         """What the directory answers to a node that says nothing new but `news`."""
         about = [name, f"127.0.0.1:{5100 if name == 'b' else 5000}", "1", "cpu", []]
-        news = {"serves": [], "ended": [], "gone": [], "given_up": [], **news}
+        news = {**NEWS, **news}
         return self.caller(name).ask("heard", about, news, "", within_s=WITHIN_S)
 
     def until(self, condition: Any, *names: str) -> None:
@@ -151,6 +152,10 @@ def test_what_cannot_be_stored_is_not_decided(tmp_path: Path) -> None:
     [
         ("heard", []),
         ("heard", [["a"], {}, ""]),
+        ("heard", [["a", "h:port", "1", "cpu", []], NEWS, ""]),
+        ("heard", [["a", 5, "1", "cpu", []], NEWS, ""]),
+        ("heard", [["a", "h:1", "1", "cpu", [[0, "x", 1]]], NEWS, ""]),
+        ("heard", [["a", "h:1", "1", "cpu", []], {**NEWS, "serves": [[0, 0, 7]]}, ""]),
         ("begins", [-1, 1, "a"]),
         ("begins", [99, 1, "a"]),
         ("dropped", ["x", 1, 1]),

@@ -7,6 +7,7 @@ has no threads and no sockets of ZeroMQ, because it forks.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import re
@@ -483,7 +484,11 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
         claim(folder, shards)
         agent, sockets = os.getpid(), Path(mkdtemp(prefix="instep-"))
         try:
-            return Agent(launch, shards, name, host, f"tcp://{directory}", sockets).run()
+            with (folder / "agent.lock").open("w") as lock:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # processes that are forked do not have it
+                return Agent(launch, shards, name, host, f"tcp://{directory}", sockets).run()
+        except BlockingIOError:
+            raise CannotServe(f"another agent records in {folder}: each needs a folder of its own") from None
         finally:
             if os.getpid() == agent:
                 rmtree(sockets, ignore_errors=True)

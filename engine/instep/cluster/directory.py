@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
 import signal
 import threading
@@ -178,7 +179,10 @@ class Directory:
         name, address, version, numerics, has = about
         if request.principal not in ("", name):
             raise ClusterRefused("OTHER_NAME", f"the key is that of {request.principal}, and the node is called {name}")
-        found = {shard: (term, position) for shard, term, position in has}
+        texts = [*about[:-1], *(endpoint for _, _, endpoint in news["serves"])]
+        if not all(type(each) is str and each for each in texts) or not re.fullmatch(r".+:[0-9]{1,5}", address):
+            raise TypeError("not names and addresses")
+        found = {int(shard): (int(term), int(position)) for shard, term, position in has}
         report = NodeReport(name, address, version, numerics, found)
         self._rules.heard(report, time.monotonic())
         self._agents[report.name] = request.connection
