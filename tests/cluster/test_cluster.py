@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import shutil
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ import numpy as np
 import psutil
 import pytest
 
+from instep.cluster.agent import NodeProcess, received
+from instep.cluster.rules import ShardRole
 from instep_client import StreamEvicted
 from instep_client.protocol.codes import Code
 from tests.cluster.cluster import DEAD_S, Cluster, ClusterLoad, ClusterNode, names_of
@@ -178,3 +181,14 @@ async def test_a_shard_that_is_lost_is_not_begun_anew_by_itself(tmp_path: Path) 
         with pytest.raises(StreamEvicted) as refused:
             await stream.step(np.zeros(5, np.float32))
         assert refused.value.code is Code.UNKNOWN_STREAM
+
+
+def test_a_process_that_does_not_read_is_told_again() -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        process = NodeProcess(0, ours, ShardRole(0, 1, True, "", "", False, False, 0, True, False))
+        while process.tell(["a long table" * 1000]):
+            pass
+        assert received(theirs)
+        assert process.tell(["the newest"])
+        assert received(theirs)[-1] == ["the newest"]

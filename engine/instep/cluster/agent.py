@@ -72,11 +72,15 @@ class NodeProcess:
     role: ShardRole
     endpoint: str = ""
     was_told_to_end: bool = False
+    told: str = ""
+    """The version of the role that it has got."""
 
-    def tell(self, message: Any) -> None:
-        """Send a message; one that has no room is dropped."""
-        with suppress(OSError):
-            self.pipe.send(msgpack.packb(message), socket.MSG_DONTWAIT)
+    def tell(self, message: Any) -> bool:
+        """Send a message, and return whether there was room for it."""
+        try:
+            return self.pipe.send(msgpack.packb(message), socket.MSG_DONTWAIT) > 0
+        except OSError:
+            return False
 
 
 def received(pipe: socket.socket) -> list[Any]:
@@ -157,6 +161,7 @@ class Agent:
             has_changed = self._bury() | self._hear_processes() | self._hear_directory() | self._follow()
             if self._refusal and not self._told:
                 raise CannotServe(self._refusal)
+            self._tell_roles()
             if has_changed or time.monotonic() > say_at:
                 say_at = time.monotonic() + HEARD_EVERY_S
                 self._say()
@@ -189,8 +194,6 @@ class Agent:
                 has_changed = True
                 self._told, roles, *self._table = value
                 self._roles = {role.shard: role for role in (ShardRole(*each) for each in roles)}
-                for process in self._processes.values():
-                    self._tell_role(process)
             refusal = "" if is_granted else value
             if refusal != self._refusal and refusal:
                 self._log.error("refused by the directory", reason=refusal)
@@ -205,12 +208,13 @@ class Agent:
                 if not endpoint and process.was_told_to_end:
                     self._ended.add((process.role.shard, process.role.term))
                 self._has = self._find_recordings()
-                self._tell_role(process)
         return has_changed
 
-    def _tell_role(self, process: NodeProcess) -> None:
-        if process.role.is_server and (role := self._roles.get(process.role.shard)) is not None:
-            process.tell([role, *self._table])
+    def _tell_roles(self) -> None:
+        """Send each server its newest role and the table, again where there was no room before."""
+        for shard, process in self._processes.items():
+            if process.role.is_server and process.told != self._told and (role := self._roles.get(shard)) is not None:
+                process.told = self._told if process.tell([role, *self._table]) else ""
 
     # What becomes of processes.
 
