@@ -145,7 +145,7 @@ class Agent:
             task = forked.task
         try:
             return task()
-        except (CannotServe, CannotListen, InvalidInput, RecordingError) as error:
+        except (CannotServe, CannotListen, InvalidInput, RecordingError, OSError) as error:
             self._log.error("failed", reasons=str(error).splitlines())
             return 2
         except Exception as error:
@@ -436,13 +436,11 @@ class Agent:
     def _find_recordings(self) -> dict[int, tuple[int, int]]:
         """The term and the position of each shard's recordings here."""
         found = {}
-        for note in self._folder.glob(".shard-*.old"):
-            folder = note.with_name(note.name[1:-4])
-            if int(folder.name[6:]) not in self._processes:
+        for shard, folder in ((shard, self._folder_of(shard)) for shard in range(self._shards)):
+            if shard not in self._processes:
                 settle(folder)
-        for folder in self._folder.glob("shard-*"):
             if files := positions(folder):
-                found[int(folder.name[6:])] = _term(folder), sum(max(0, position) for position in files.values())
+                found[shard] = _term(folder), sum(max(0, position) for position in files.values())
         return found
 
 
@@ -485,6 +483,8 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
     name = name or socket.gethostname()
     problems = (each for each in findings(config, shards) if each.severity == "problem")
     with launching(config, problems, reread, supervised=True) as launch:
+        for shard in range(shards):
+            settle(folder / f"shard-{shard}")  # before `claim` makes the folders that are missing
         claim(folder, shards)
         agent, sockets = os.getpid(), Path(mkdtemp(prefix="instep-"))
         try:
