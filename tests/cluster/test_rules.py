@@ -25,6 +25,8 @@ class Cluster:
         self.reports = {name: NodeReport(name, f"{name}:1") for name in nodes}
         self.now = 0.0
         self.most_moves = 0
+        self.stuck: set[int] = set()
+        """Shards whose servers do not begin."""
 
     def _store(self, key: str, row: Mapping[str, Any]) -> None:
         if self.is_full:
@@ -48,6 +50,8 @@ class Cluster:
 
     def _serve(self, node: str, role: ShardRole, silent: str) -> None:
         rules, (shard, term) = self.rules, role[:2]
+        if shard in self.stuck:
+            return
         if not rules.table().endpoints[shard]:
             begun = rules.begins(shard, term, node)
             assert begun is not None
@@ -145,6 +149,24 @@ def test_a_drained_node_ends_up_with_nothing_and_gets_nothing() -> None:
     cluster.rules.undrain("b")
     cluster.run(120.0)
     assert cluster.counts() == ([2, 2, 2], [2, 2, 2])
+
+
+def test_a_shard_that_cannot_begin_does_not_keep_others_from_being_moved() -> None:
+    cluster = Cluster(shards=6)
+    cluster.stuck = {0}
+    cluster.run()
+    cluster.rules.drain("b")
+    cluster.run()
+    assert all("b" not in place for place in cluster.places()[1:])
+
+
+def test_a_node_that_is_silent_and_not_lost_yet_gets_no_copy() -> None:
+    cluster = Cluster(shards=6, dead_s=3.0)
+    cluster.run()
+    cluster.run(2.8, silent="b")
+    left = [view for view in cluster.rules.shards if view.server != "b"]
+    assert left
+    assert all(view.copy and "b" not in (view.copy, view.joining) for view in left)
 
 
 def test_a_node_that_was_drained_and_is_used_again_gets_copies_at_once() -> None:

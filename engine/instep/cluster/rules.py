@@ -344,7 +344,8 @@ class Assignments:
         if now < self._patient_until or not self.nodes.keys() >= {*self.adopt} or (has_recordings and not self.adopt):
             return
         fit = sorted(name for name in self.nodes if self.is_alive(name) and name not in self.drained)
-        steady = [name for name in fit if self.nodes[name].avoid_until <= now]
+        recent = [name for name in fit if now - self.nodes[name].heard_at <= self.dead_s / 3]
+        steady = [name for name in recent if self.nodes[name].avoid_until <= now]
         servers = Counter(view.server for view in self.shards)
         copies = Counter(name for view in self.shards for name in (view.copy, view.joining))
         for shard, view in enumerate(self.shards):
@@ -352,7 +353,8 @@ class Assignments:
                 self._keep(shard, steady, copies)
             else:
                 self._place(shard, fit, servers)
-        if not any(view.joining or view.target for view in self.shards):
+        served = (view for shard, view in enumerate(self.shards) if self._endpoint(shard))
+        if recent == fit and not any(view.joining or view.target for view in served):
             self._balance(steady, servers, copies)
 
     def _place(self, shard: int, fit: list[str], servers: Counter[str]) -> None:
@@ -389,7 +391,8 @@ class Assignments:
             for shard in sorted(range(self.count), key=lambda shard: holders[shard] not in self.drained):
                 view, holder = self.shards[shard], holders[shard]
                 most = self.count + 1 if holder in self.drained else counts[holder] - 1
-                if most <= least or not self.is_alive(view.server) or not self.is_alive(holder):
+                is_busy = bool(view.joining or view.target)
+                if most <= least or is_busy or not self.is_alive(view.server) or not self.is_alive(holder):
                     continue
                 to = [name for name in steady if counts[name] < most and name not in (holder, view.server)]
                 serving = [name for name in to if self._may_serve(name, view)]
