@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from instep_client.arguments import checked_endpoint
-from instep_client.protocol.errors import ConnectionFailed, InvalidInput, MalformedMessage
+from instep_client.protocol.errors import InvalidInput, MalformedMessage
 from instep_client.protocol.wire import ShardTable
 
 
@@ -22,14 +22,6 @@ class ShardMap:
     def __len__(self) -> int:
         return len(self.terms)
 
-    def check_count(self, shards: int) -> None:
-        """Raise ConnectionFailed if the cluster has another number of shards now, so that streams are elsewhere."""
-        if shards != len(self):
-            raise ConnectionFailed(
-                f"the server was one of {len(self)} shards when this client connected and is one of {shards} now: "
-                "make another client"
-            )
-
     def take(self, table: ShardTable, asked: str = "") -> None:
         """Learn a table, except what it says of shards whose term in it is lower.
 
@@ -38,10 +30,10 @@ class ShardMap:
             asked: the endpoint over which it came, whose host replaces the host `*`.
 
         Raises:
-            ConnectionFailed: for a table of another number of shards.
-            MalformedMessage: for an endpoint that no server can have.
+            MalformedMessage: for another number of shards, or an endpoint that no server can have.
         """
-        self.check_count(len(table.endpoints))
+        if len(table.endpoints) != len(self):
+            raise MalformedMessage(f"a table of {len(table.endpoints)} shards came from a cluster of {len(self)}")
         host = asked.removeprefix("tcp://").rpartition(":")[0] if asked.startswith("tcp://") else "127.0.0.1"
         for shard, (term, endpoint) in enumerate(zip(table.terms.tolist(), table.endpoints, strict=True)):
             if term < self.terms[shard]:

@@ -299,10 +299,6 @@ class Silence(Request[None]):
         """The time of the newest message; 0 before the first."""
         self.deadline = math.inf
         """The time of the next check if no message arrives; infinity for never."""
-        self.doubt_s = math.inf
-        """The silence after which another server may be asked about this one; infinity if there is none."""
-        self.is_doubtful = False
-        """Whether the server has been silent for that long."""
         self._waiting_since = math.inf
         self._is_asked = False
         self._asked_at = 0.0
@@ -323,6 +319,11 @@ class Silence(Request[None]):
         self._is_asked = False
         return False
 
+    @property
+    def quiet_since(self) -> float:
+        """The time since which an answer is missing; infinity if nothing is unanswered."""
+        return max(self.heard_at, self._waiting_since)
+
     def lasts_too_long(self, now: float, is_waiting: bool, may_probe: bool, keep_alive_s: float) -> bool:
         """Whether the server is to be given up; it is probed where that is due.
 
@@ -334,21 +335,16 @@ class Silence(Request[None]):
         """
         if not is_waiting:
             self._waiting_since = math.inf
-            self.is_doubtful = False
             self.deadline = self.heard_at + keep_alive_s
             if now < self.deadline:
                 return False
             self.ask()
         self._waiting_since = min(self._waiting_since, now)
-        quiet_since = max(self.heard_at, self._waiting_since)
-        given_up_at, probed_at = quiet_since + self.timeout_s, quiet_since + self.timeout_s / 2
-        self.is_doubtful = now >= quiet_since + self.doubt_s
+        given_up_at, probed_at = self.quiet_since + self.timeout_s, self.quiet_since + self.timeout_s / 2
         if may_probe and not self._is_asked and now >= probed_at:
             self.ask()
             self._asked_at = now
         if self._is_asked and self._asked_at >= given_up_at:  # the client itself was held up until then
             given_up_at = self._asked_at + self.timeout_s / 2
         self.deadline = probed_at if may_probe and not self._is_asked else given_up_at
-        if not self.is_doubtful:
-            self.deadline = min(self.deadline, quiet_since + self.doubt_s)
         return now >= given_up_at

@@ -63,19 +63,11 @@ _WARN_EVERY_S: Final = 60.0
 class Driver:
     """Runs one session over one socket. One event loop owns it, from `start` to `stop`.
 
-    Closing waits for up to `farewell_s` until the server has read it. While the session is in trouble, the event
-    `trouble` is set.
+    Closing waits for up to `farewell_s` until the server has read it.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        keys: ClientKeys | None = None,
-        farewell_s: float = FAREWELL_S,
-        trouble: asyncio.Event | None = None,
-    ) -> None:
+    def __init__(self, session: Session, keys: ClientKeys | None = None, farewell_s: float = FAREWELL_S) -> None:
         self._session = session
-        self._trouble = trouble or asyncio.Event()
         self._keys = keys
         self._monitor: zmq.Socket[bytes] | None = None
         """Tells of handshakes that fail, until there is a connection."""
@@ -274,8 +266,6 @@ class Driver:
         try:
             now = time.monotonic()
             session.advance(now)
-            if session.is_in_trouble:
-                self._trouble.set()
             if self._monitor is not None and session.state is OPEN:
                 self._end_monitor(self.socket)
             if session.take_reconnect():

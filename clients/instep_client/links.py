@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from random import choice, random
+from random import choice
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -30,7 +30,6 @@ _ANSWER_S: Final = 1.0
 """The longest wait for an answer to that question."""
 _REFRESH_S: Final = 60.0
 """The time between two such questions while all is well, so that what is known is not from long ago."""
-_UNTRIED_SHARE: Final = 0.75
 
 
 class Link(NamedTuple):
@@ -69,8 +68,7 @@ class Links:
     def __init__(self, endpoints: str, keys: ClientKeys | None, **settings: Any) -> None:
         self._keys = keys
         self._settings = settings
-        self._trouble = asyncio.Event()
-        self._given = [self._make(endpoint.strip(" "), self._trouble) for endpoint in endpoints.split(",")]
+        self._given = [self._make(endpoint.strip(" ")) for endpoint in endpoints.split(",")]
         self._endpoints = [link.session.endpoint for link in self._given]
         self.first = self._given[0]
         """The connection to the server that answered first."""
@@ -78,9 +76,9 @@ class Links:
         self._following: asyncio.Task[None] | None = None
         self._is_closed = False
 
-    def _make(self, endpoint: str, trouble: asyncio.Event | None = None, **other: Any) -> Link:
+    def _make(self, endpoint: str, **other: Any) -> Link:
         session = Session(endpoint, **(self._settings | other))
-        return Link(session, Driver(session, self._keys, trouble=trouble))
+        return Link(session, Driver(session, self._keys))
 
     def __len__(self) -> int:
         """The number of shards, 1 for a server on its own and before the first welcome."""
@@ -148,7 +146,7 @@ class Links:
         if former is not None and former.session.state is not ENDED:
             return former
         first = self.first.session
-        link = self._make(first.shards.endpoints[shard] or first.endpoint, self._trouble)
+        link = self._make(first.shards.endpoints[shard] or first.endpoint)
         link.session.join(first, shard, time.monotonic())
         link.driver.begin()
         self._by_shard[shard] = link
@@ -160,17 +158,17 @@ class Links:
 
     async def of_stream(self, name: str) -> Link:
         """The connection to the shard to which a stream of this name belongs."""
-        (name,) = good_names([name])
-        return await self.of_shard(shard_of(name, len(self)))
+        return (await self.of_streams(good_names([name])))[0][0]
 
     async def of_streams(self, names: Sequence[str]) -> list[tuple[Link, Indices, list[str]]]:
         """The connections to the shards of these streams, each with the indices of its streams, and their names."""
-        shards = np.array([shard_of(name, len(self)) for name in names])
-        found = []
-        for shard in np.unique(shards).tolist():
-            where = np.flatnonzero(shards == shard)
-            found.append((await self.of_shard(shard), where, [names[index] for index in where.tolist()]))
-        return found
+        by_shard: dict[int, list[int]] = {}
+        for index, name in enumerate(names):
+            by_shard.setdefault(shard_of(name, len(self)), []).append(index)
+        return [
+            (await self.of_shard(shard), np.array(where), [names[index] for index in where])
+            for shard, where in sorted(by_shard.items())
+        ]
 
     async def all(self) -> list[Link]:
         """The connections to all shards, in order."""
@@ -181,34 +179,26 @@ class Links:
         table = await link.driver.wait(link.session.where())
         self.first.session.shards.take(table, link.session.endpoint)
         for session, driver in self._by_shard.values():
-            session.follow_shards()
+            session.follow_shards(time.monotonic())
             driver.wake()
 
     async def _follow(self) -> None:
+        asked_at = time.monotonic()
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_REFRESH_S):
-                    await self._trouble.wait()
-            self._trouble.clear()
-            is_well = False
-            while not is_well:
-                await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_LOOK_S)
+            now, links = time.monotonic(), self._by_shard.values()
+            in_trouble = [link for link in links if link.session.is_in_trouble(now)]
+            well = [link for link in links if link.session.state is OPEN and link not in in_trouble]
+            if in_trouble or now >= asked_at + _REFRESH_S:
                 with suppress(InstepError, TimeoutError):
                     async with asyncio.timeout(_ANSWER_S):
-                        await self._look()
-                is_well = not any(link.session.is_in_trouble for link in self._by_shard.values())
+                        await (self._ask(choice(well)) if well else self._scout())
+                        asked_at = now
 
-    async def _look(self) -> None:
-        """Ask any server that is well where the shards are or, if none is, one that may be there."""
-        links = self._by_shard.values()
-        if well := [link for link in links if link.session.state is OPEN and not link.session.is_in_trouble]:
-            await self._ask(choice(well))
-            return
+    async def _scout(self) -> None:
+        """Ask a server to which no connection leads, perhaps, where the shards are."""
         known = {*self.first.session.shards.endpoints, *self._endpoints} - {""}
-        untried = known - {link.session.endpoint for link in links}
-        # A server that is in trouble may still tell where the shards are, but seldom answers at all.
-        endpoint = choice(sorted(untried if untried and random() < _UNTRIED_SHARE else known))
-        scout = self._make(endpoint, reconnect_s=0.0, timeout_s=_ANSWER_S)
+        scout = self._make(choice(sorted(known)), reconnect_s=0.0, timeout_s=_ANSWER_S)
         try:
             await scout.driver.start(wait=False)
             await self._ask(scout)

@@ -184,22 +184,21 @@ class Session:
         """Become a connection to another shard of a session's cluster. Calls wait for its server from now on."""
         self.shards, self.shard, self._info = other.shards, shard, other.info
         self.queue.limit(other.info)
-        self._silence.doubt_s = _DOUBT_S
         self.state, self.now = RECONNECTING, now
         self.attempts.begin(now)
 
-    @property
-    def is_in_trouble(self) -> bool:
-        """Whether the connection is lost, or the server of a shard has been silent for a second."""
-        return self.state is RECONNECTING or self._silence.is_doubtful
+    def is_in_trouble(self, now: float) -> bool:
+        """Whether the connection is lost, or an answer has been missing for a second."""
+        is_silent = self.state is OPEN and now >= self._silence.quiet_since + _DOUBT_S
+        return is_silent or self.state is RECONNECTING
 
-    def follow_shards(self) -> None:
+    def follow_shards(self, now: float) -> None:
         """Leave the server at once if `shards` names a higher term or, for a server in trouble, another endpoint."""
-        endpoint = self.shards.endpoints[self.shard] or self.endpoint
+        self.now, endpoint = now, self.shards.endpoints[self.shard] or self.endpoint
         is_former = self.state is OPEN and self.info.term < self.shards.terms[self.shard]
-        if is_former or (self.is_in_trouble and self.endpoint != endpoint):
+        if is_former or (self.is_in_trouble(now) and self.endpoint != endpoint):
             self.lose(f"another server takes shard {self.shard} over from the one at {self.endpoint}")
-            self.attempts.at_once(self.now)
+            self.attempts.at_once(now)
 
     @property
     def is_waiting(self) -> bool:
@@ -541,12 +540,9 @@ class Session:
             )
         if self._info is None:
             self.shards, self.shard = ShardMap(info.shards), info.shard
-            if info.is_in_cluster:
-                self._silence.doubt_s = _DOUBT_S
-        try:
-            self.shards.check_count(info.shards)
-        except ConnectionFailed as error:
-            self.fail(ConnectionFailed, str(error))
+        if info.shards != len(self.shards):
+            was = f"the server was one of {len(self.shards)} shards when this client connected"
+            self.fail(ConnectionFailed, f"{was}, and is one of {info.shards} now: make another client")
             return
         if not self.shards.stays(info.shard, info.term, self.endpoint) or info.shard != self.shard:
             place = self.shards.endpoints[self.shard] or "no known endpoint"

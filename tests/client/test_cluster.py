@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from instep_client.cluster import ShardMap
-from instep_client.protocol.errors import ConnectionFailed, MalformedMessage
+from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.wire import ShardTable
 
 A, B, C = (f"tcp://10.0.0.{number}:5757" for number in (1, 2, 3))
@@ -48,7 +48,7 @@ def test_the_host_that_was_asked_has_servers_of_any_host(asked: str, found: str)
 
 
 def test_tables_that_cannot_be_followed() -> None:
-    with pytest.raises(ConnectionFailed, match=r"2.* 1 "):
+    with pytest.raises(MalformedMessage):
         ShardMap(2).take(table((1, A)))
     with pytest.raises(MalformedMessage):
         ShardMap(1).take(table((1, "http://nowhere")))
