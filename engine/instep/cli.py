@@ -168,7 +168,7 @@ def serve(
     *,
     restart: Annotated[bool, typer.Option("--restart", help="Restart the server after a crash.")] = False,
     shards: Annotated[
-        int, typer.Option("--shards", min=1, max=4096, help="Serve by this number of servers, at successive ports.")
+        int, typer.Option("--shards", min=1, max=4096, help="Run this many servers, at successive ports.")
     ] = 1,
     check: Annotated[bool, typer.Option("--check", help="Check that the server could start, and exit.")] = False,
 ) -> None:

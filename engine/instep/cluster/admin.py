@@ -25,7 +25,7 @@ from instep.config.endpoint import is_loopback_host
 from instep.frontends import CannotListen
 from instep.frontends.http.admin import address, bind, close_server, make_server
 from instep.frontends.http.answers import STATIC, HttpError, json_answer
-from instep.frontends.http.app import error_handlers
+from instep.frontends.http.app import PATHS, error_handlers
 from instep.frontends.http.metrics import CONTENT_TYPE
 from instep.frontends.http.security import HEALTH, Guard, read_tokens
 from instep.server.checks import CannotServe
@@ -163,7 +163,7 @@ def make_app(numbers: Numbers, sockets: Path, log: structlog.stdlib.BoundLogger)
         Route("/shards/{shard:int}/{path:path}", of_one),
         Mount("/static", StaticFiles(directory=STATIC)),
     ]
-    there = ("/", "/healthz", "/readyz", "/metrics", "/api/stats", "/shards/0/")
+    there = ("/", "/healthz", "/readyz", "/metrics", "/api/stats", *(f"/shards/0{path}" for path in PATHS))
     return Starlette(routes=routes, exception_handlers=error_handlers(there, log))
 
 

@@ -74,14 +74,13 @@ def _contradiction(config: Config, shards: int) -> Finding | None:
     is_tcp = endpoint.startswith("tcp:")
     ports = range(int(port), int(port) + shards) if is_tcp and port.isdecimal() else range(0)
     if is_tcp and not (ports and ports[-1] <= _LAST_PORT):
-        what = f"--shards needs another port than that of {endpoint}"
-        cure = f"each of {shards} shards listens at the next one, and the last port is {_LAST_PORT}"
+        what, cure = f"--shards needs another port than that of {endpoint}", "shard K listens at the port + K"
     elif http is not None and host_and_port(http)[1] in ports:
         what, cure = f"http.endpoint {http} has the port of a shard", "choose another one (--http 127.0.0.1:PORT)"
     elif folder is None:
         return None
     elif folder.suffix == SUFFIX or not (folder if folder.exists() else folder.parent).is_dir():
-        what, cure = f"recording.file {folder} is no folder, and each shard has one of its own in it", "name one"
+        what, cure = f"recording.file {folder} is not a folder", "each shard records into a folder in it: name one"
     elif others := list(other_shards(folder, shards)):
         return others[0]
     elif lone := next(folder.glob(f"*{SUFFIX}"), None):

@@ -412,7 +412,8 @@ async def _serve(
         stops += 1
         if stops == 1:
             log.info("stopping", hint="finishing what was admitted; interrupt again to force")
-            launch.service_manager.stopping()
+            if launch.shard.count == 1:  # one of several may end alone
+                launch.service_manager.stopping()
         server.stop(drain=stops == 1)
 
     def hung_up() -> None:

@@ -22,6 +22,7 @@ from instep.interrupts import end_with_parent, signal_name
 MOST_RESTARTS: Final = 5
 WITHIN_S: Final = 60.0
 """The period in which the number of restarts is limited, because more would not help."""
+_LONGEST_PAUSE_S: Final = 30.0
 _FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _COULD_NOT_START: Final = 2
 """The exit status of `instep serve`."""
@@ -60,8 +61,7 @@ def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Chi
         In the child: itself, with the deaths of the processes before it.
 
     Raises:
-        SystemExit: in the supervisor when all have ended. The status is that of the only child; of several, 0 if all
-            ended with 0.
+        SystemExit: in the supervisor when all have ended, with the highest of their statuses.
     """
     heard = {number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup has SIGHUP
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*heard, signal.SIGCHLD})
@@ -98,10 +98,7 @@ def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Chi
             tell(signal.SIGTERM)
             for child in children:
                 child.status = 1 if child.status is None and not child.pid else child.status
-    statuses = {child.status or 0 for child in children} - {0}
-    if len(statuses) > 1:
-        raise SystemExit(_COULD_NOT_START if _COULD_NOT_START in statuses else 1)
-    raise SystemExit(statuses.pop() if statuses else 0)
+    raise SystemExit(max(child.status or 0 for child in children))
 
 
 def _become_server(supervisor: int) -> None:
@@ -129,8 +126,11 @@ def _bury(child: Child, status: int, is_ending: bool, heard: set[signal.Signals]
         if code and not (is_only or is_ending or child.is_helper):
             child.log.error("failed", reason=f"{child.name} ended with status {code}; the others go on")
         return
-    child.pause_s = 2.0 ** (len(child.deaths) - 1) if is_tried_again else 0.0
-    child.deaths.append(time.monotonic())
+    if is_tried_again:  # the pauses bound the number of these
+        child.pause_s = min(_LONGEST_PAUSE_S, 2 * child.pause_s or 1.0)
+    else:
+        child.pause_s = 0.0
+        child.deaths.append(time.monotonic())
     reason = f"{child.name} {'could not start again' if code > 0 else f'was killed by {signal_name(-code)}'}"
     gives_up = len(child.deaths) > MOST_RESTARTS and child.deaths[-1] - child.deaths[0] < WITHIN_S
     if is_ending or gives_up:

@@ -23,7 +23,7 @@ from instep.frontends.http.metrics import CONTENT_TYPE, exposition
 from instep.frontends.http.status import ServerStatus
 from instep.frontends.http.streams import Inspector
 
-_PATHS: Final = ("/", "/healthz", "/readyz", "/metrics", "/api/stats", "/api/history", "/api/streams", "/api/events")
+PATHS: Final = ("/", "/healthz", "/readyz", "/metrics", "/api/stats", "/api/history", "/api/streams", "/api/events")
 _OTHER_NAMES: Final = ("/v2/health/live", "/v2/health/ready")
 """Further paths that are suggested in place of a wrong one."""
 
@@ -79,7 +79,7 @@ def make_app(
     async def page(request: Request) -> Response:
         return await files.get_response(request.path_params.get("file", "index.html"), request.scope)
 
-    handlers = error_handlers(_PATHS, log)
+    handlers = error_handlers(PATHS, log)
     routes = [
         _route("/healthz", alive),
         _route("/v2/health/live", alive),
@@ -108,9 +108,10 @@ def error_handlers(paths: Sequence[str], log: structlog.stdlib.BoundLogger) -> d
         return error.response()
 
     async def no_such_path(request: Request, error: Any = None) -> Response:
-        close = get_close_matches(request.url.path[:80], (*paths, *_OTHER_NAMES), n=1)
+        path = request.url.path[:80]
+        close = [each for each in paths if each.endswith(path)] or get_close_matches(path, (*paths, *_OTHER_NAMES), n=1)
         meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(paths)}"
-        return HttpError(404, "NOT_FOUND", f"there is no path {request.url.path[:80]!r}: {meant}").response()
+        return HttpError(404, "NOT_FOUND", f"there is no path {path!r}: {meant}").response()
 
     async def bug(request: Request, error: Exception) -> Response:
         log.error("bug in the admin server", path=request.url.path, exc_info=error)
