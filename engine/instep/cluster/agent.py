@@ -483,16 +483,18 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
     name = name or socket.gethostname()
     problems = (each for each in findings(config, shards) if each.severity == "problem")
     with launching(config, problems, reread, supervised=True) as launch:
-        for shard in range(shards):
-            settle(folder / f"shard-{shard}")  # before `claim` makes the folders that are missing
-        claim(folder, shards)
-        agent, sockets = os.getpid(), Path(mkdtemp(prefix="instep-"))
-        try:
-            with (folder / "agent.lock").open("w") as lock:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "agent.lock").open("w") as lock:
+            try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # processes that are forked do not have it
+            except BlockingIOError:
+                raise CannotServe(f"another agent records in {folder}: each needs a folder of its own") from None
+            for shard in range(shards):
+                settle(folder / f"shard-{shard}")  # before `claim` makes the folders that are missing
+            claim(folder, shards)
+            agent, sockets = os.getpid(), Path(mkdtemp(prefix="instep-"))
+            try:
                 return Agent(launch, shards, name, host, f"tcp://{directory}", sockets).run()
-        except BlockingIOError:
-            raise CannotServe(f"another agent records in {folder}: each needs a folder of its own") from None
-        finally:
-            if os.getpid() == agent:
-                rmtree(sockets, ignore_errors=True)
+            finally:
+                if os.getpid() == agent:
+                    rmtree(sockets, ignore_errors=True)
