@@ -414,12 +414,11 @@ def _joined(
     failed = [failure for error in errors for failure in error.failures]
     failures = tuple(sorted(failed, key=lambda failure: places[failure.stream]))
     ended = [error for error in errors if isinstance(error, StreamEvicted)]
-    if not ended:
-        first = min(errors, key=lambda error: places[error.failures[0].stream])
+    first = min(ended or errors, key=lambda error: places[getattr(error, "stream", error.failures[0].stream)])
+    if isinstance(first, FramesRefused):
         return FramesRefused(first.code, first.sentence, failures, outputs)
-    evicted = min(ended, key=lambda error: places[error.stream])
-    evicted.failures, evicted.outputs = failures, outputs
-    return evicted
+    first.failures, first.outputs = failures, outputs
+    return first
 
 
 class AsyncClient:
@@ -661,10 +660,9 @@ class AsyncClient:
         number = 0 if place is None else int(Place[place.upper()])
         found: list[ListedStream] = []
         for session, driver in await self._links.all():
-            page, cursor = await driver.wait(session.list_streams(0, _PAGE, number, prefix))
-            found += page
+            cursor = -1  # 0 begins a list, and ends one
             while cursor:
-                page, cursor = await driver.wait(session.list_streams(cursor, _PAGE, number, prefix))
+                page, cursor = await driver.wait(session.list_streams(max(cursor, 0), _PAGE, number, prefix))
                 found += page
         return found
 

@@ -80,17 +80,14 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | N
 
 
 def _bind_unix(path: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX)
-    listener.setblocking(False)
     try:
         with suppress(FileNotFoundError):
             os.unlink(path)  # that of a server that was killed
-        listener.bind(path)
-        listener.listen(_BACKLOG)
+        listener = socket.create_server(path, family=socket.AF_UNIX, backlog=_BACKLOG)
     except OSError as error:
-        listener.close()
         advice = "let TMPDIR name another folder, or leave it out (--http off)"
         raise CannotListen(f"the admin server cannot listen at {path}: {error}; {advice}") from None
+    listener.setblocking(False)
     return listener
 
 
