@@ -164,6 +164,20 @@ async def test_what_a_node_refuses_and_shows(tmp_path: Path) -> None:
             await asyncio.sleep(0.05)
 
 
+async def test_a_first_start_that_fails_loses_nothing(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, nodes=2, shards=1)
+    try:
+        cluster.start_directory()
+        cluster.nodes[0].start()
+        await cluster.until(lambda _: bool(cluster.ask("status")["nodes"]))
+        with socket.create_server(("127.0.0.1", cluster.nodes[0].port)):
+            cluster.nodes[1].start()
+            await cluster.until(lambda _: "restarting" in cluster.nodes[0].log())
+        await cluster.until_whole()
+    finally:
+        await cluster.__aexit__(None)
+
+
 async def test_a_shard_that_is_lost_is_not_begun_anew_by_itself(tmp_path: Path) -> None:
     async with Cluster(tmp_path, nodes=2, shards=2, copies=0) as cluster, cluster.connect() as client:
         name = names_of(0, 2)[0]

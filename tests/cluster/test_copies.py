@@ -397,6 +397,15 @@ def test_where_a_copy_is_needed_nothing_is_durable_without_one(kit: Kit) -> None
 # A server that begins
 
 
+def test_the_first_server_has_a_recording_when_it_asks(kit: Kit) -> None:
+    copied = kit.copied()
+    kit.write(copied).writer.commit()
+    assert kit.directory.asked == []
+    copied.start()
+    assert kit.directory.asked == [("begins", 0)]
+    attach(kit, copied)
+
+
 def served_before(kit: Kit) -> None:
     """A server with a copy that counts was killed."""
     copied = kit.copied()

@@ -384,7 +384,8 @@ class Agent:
             log,
             config.cluster.copy_timeout_s,
         )
-        copied.begin()
+        if role.begun:
+            copied.begin()
 
         def on_ready(endpoint: str) -> None:
             copied.start()

@@ -87,6 +87,7 @@ class CopiedShard:
     """The recordings in a shard's folder, and their copy on another node: a `SecondPlace`.
 
     Call `begin` before the recordings are opened, `start` before anything is answered, and `follow` with each new role.
+    The first server of a shard leaves `begin` to `start`: there is a recording before the directory is asked.
     Nothing waits for a copy except the threads of recorders.
 
     Args:
@@ -115,7 +116,7 @@ class CopiedShard:
         self._directory, self._call, self._durability = directory, call, durability
         self._log, self._timeout_s = log, timeout_s
         self._roles: queue.SimpleQueue[ShardRole] = queue.SimpleQueue()
-        self._role: ShardRole
+        self._role = ShardRole(shard.number, shard.term, True, "", "", False, False, 0, False, False)
         """With the newest attempt."""
         self._changed = threading.Condition()
         """Held while a transaction is committed, here and there, and while what follows changes."""
@@ -164,8 +165,10 @@ class CopiedShard:
         """Give a copy that counts everything, or have it dropped; follow roles from now on.
 
         Raises:
-            RecordingError: another node serves the shard.
+            CannotServe, RecordingError: another node serves the shard.
         """
+        if not self._role.begun:
+            self.begin()
         if self._role.counts and sum(map(bytes_on_disk, _files(self._folder))) > _COPIED_FIRST_BYTES:
             self._drop("the recording is too large to be copied before anything is answered")
         if self._role.counts:
