@@ -276,6 +276,30 @@ def test_a_file_that_is_new_is_in_the_next_copy(kit: Kit) -> None:
     assert {file.name for file in kit.two.glob("*.instep")} == {"a.instep", "b.instep"}
 
 
+def test_a_file_that_is_begun_while_a_copy_is_made_is_in_the_next_one(
+    kit: Kit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = kit.copied()
+    copied.begin()
+    copied.start()
+    kit.write(copied)
+    portions = copies._portions
+
+    def meanwhile(file: Path) -> Iterator[Any]:
+        if not (kit.one / "b.instep").exists():
+            scribe = kit.write(copied, "b.instep")
+            scribe.step(STREAMS)
+            scribe.writer.commit()
+        yield from portions(file)
+
+    monkeypatch.setattr(copies, "_portions", meanwhile)
+    copied.follow(kit.directory.join())
+    until(lambda: kit.lines)
+    assert not kit.shard.is_copied
+    attach(kit, copied)
+    assert kit.differences() == []
+
+
 @pytest.mark.parametrize("end", ["frozen", "killed", "replaced"])
 def test_a_server_whose_copy_is_lost_continues_once_the_directory_has_stored_that(kit: Kit, end: str) -> None:
     copied = kit.copied(timeout_s=4.0 if end == "frozen" else 1000.0)

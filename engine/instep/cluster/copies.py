@@ -123,8 +123,10 @@ class CopiedShard:
         self._copy: Caller | None = None
         """The copy that gets each transaction; it counts, or is about to."""
         self._waiting: list[tuple[str, Sequence[Statement]]] | None = None
-        """Transactions that a copy which begins does not have yet; None while none begins, or if they are too many."""
+        """Transactions that a copy which begins does not have yet; None while none begins, or if it cannot have all."""
         self._waiting_bytes = 0
+        self._given: list[str] = []
+        """The files that a copy which begins gets; the beginning of any other is not among the transactions."""
         self._is_over = False
         """Whether another server may have begun."""
         self.is_used = False
@@ -196,7 +198,7 @@ class CopiedShard:
             if self._waiting is not None:
                 self._waiting.append((file.name, statements))
                 self._waiting_bytes += _bytes_of(statements)
-                if self._waiting_bytes > MAX_MESSAGE_BYTES:
+                if self._waiting_bytes > MAX_MESSAGE_BYTES or file.name not in self._given:
                     self._waiting = None
                 elif self._waiting_bytes > _AHEAD_BYTES:
                     self._changed.wait(_HELD_UP_S)
@@ -281,10 +283,11 @@ class CopiedShard:
         role = self._role
         with self._changed:
             self._waiting, self._waiting_bytes = [], 0
+            self._given = [file.name for file in _files(self._folder)]
         copy.ask("begin", role.term, role.attempt, self._durability, within_s=self._timeout_s)
-        for file in _files(self._folder):
-            for portion in _portions(file):
-                copy.send("write", file.name, [portion])
+        for name in self._given:
+            for portion in _portions(self._folder / name):
+                copy.send("write", name, [portion])
                 copy.ask("commit", within_s=self._timeout_s)
                 self._catch_up(copy)
         copy.ask("whole", within_s=_WHOLE_S)
@@ -306,7 +309,7 @@ class CopiedShard:
         began_s = time.monotonic()
         with self._changed:
             if self._waiting is None:
-                raise Rejected("it takes less than is recorded")
+                raise Rejected("it takes less than is recorded, or another recording was begun")
             waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         for first in range(0, len(waiting), _AT_ONCE):
             for file, statements in waiting[first : first + _AT_ONCE]:
