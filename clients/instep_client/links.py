@@ -96,8 +96,9 @@ class Links:
         """
         await self._reach(wait)
         self._by_shard[self.first.session.shard] = self.first
-        self._settings["model"] = self.first.session.info.model  # another server may have another default
-        if self.first.session.info.is_in_cluster:
+        info = self.first.session.info
+        self._settings["model"] = info.model  # another server may have another default
+        if info.shards > 1 or info.term:  # others may have other streams, or take this one's place
             try:
                 await self._ask(self.first)
             except BaseException:

@@ -189,11 +189,6 @@ class ServerInfo:
     output_names: tuple[str, ...] = ()
     """Names of the outputs, in order; empty if they have none."""
 
-    @property
-    def is_in_cluster(self) -> bool:
-        """Whether other servers may have other streams, or take this one's place."""
-        return self.shards > 1 or self.term > 0
-
     def wire_fields(self) -> list[Any]:
         """The fields in the form that the header of WELCOME has."""
         values = {name: getattr(self, name) for name in self.__slots__ if name != "output_names"}
