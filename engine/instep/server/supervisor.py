@@ -61,7 +61,8 @@ def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Chi
         In the child: itself, with the deaths of the processes before it.
 
     Raises:
-        SystemExit: in the supervisor when all have ended, with the highest of their statuses.
+        SystemExit: in the supervisor when all have ended. The status is 0 if all ended with 0, 2 if one could not
+            start, and otherwise the lowest of theirs, because those above 128 may be of signals that ended the rest.
     """
     heard = {number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup has SIGHUP
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*heard, signal.SIGCHLD})
@@ -98,7 +99,8 @@ def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Chi
             tell(signal.SIGTERM)
             for child in children:
                 child.status = 1 if child.status is None and not child.pid else child.status
-    raise SystemExit(max(child.status or 0 for child in children))
+    statuses = {child.status or 0 for child in children} - {0}
+    raise SystemExit(_COULD_NOT_START if _COULD_NOT_START in statuses else min(statuses, default=0))
 
 
 def _become_server(supervisor: int) -> None:
