@@ -30,6 +30,7 @@ from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter
 from instep.replay.command import run
 from instep.server.preparation import CannotServe
+from instep_client.protocol.errors import InvalidInput
 from tests.support.living import STREAMS, live, small_scribe
 from tests.support.recordings import gru_description, gru_step, make_gru, make_header, record_gru
 from tests.support.rows import open_stream
@@ -102,6 +103,7 @@ class Kit:
         self.turn = threading.Lock()
         """Whoever holds it freezes the process with the copy."""
         self.shard = Shard(term=TERM)
+        self.call: Callable[[str], Caller] = Caller
         self._ends = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -136,7 +138,7 @@ class Kit:
             "one",
             self.one,
             self.directory,
-            lambda role: Caller(role.address),
+            lambda role: self.call(role.address),
             "commit",
             log_into(self.lines),
             timeout_s,
@@ -353,6 +355,22 @@ def test_a_server_whose_term_is_over_ends(kit: Kit, waits_for: str) -> None:
     assert not durable
 
 
+def without_its_key(address: str) -> Caller:
+    raise InvalidInput("the file of peers does not have the node")
+
+
+def test_a_node_gets_a_copy_once_its_key_is_known(kit: Kit) -> None:
+    copied = kit.copied()
+    copied.begin()
+    copied.start()
+    kit.write(copied)
+    kit.call = without_its_key
+    copied.follow(kit.directory.join())
+    until(lambda: ("dropped", kit.directory.attempt) in kit.directory.asked)
+    kit.call = Caller
+    attach(kit, copied)
+
+
 def test_an_attempt_that_the_directory_does_not_want_any_more_never_counts(kit: Kit) -> None:
     copied = kit.copied()
     copied.begin()
@@ -480,16 +498,18 @@ def test_a_server_of_an_earlier_term_does_not_begin(kit: Kit) -> None:
         kit.copied().begin()
 
 
-@pytest.mark.parametrize("is_large", [False, True])
+@pytest.mark.parametrize("why", ["it is gone", "its key is not known", "the recording is large"])
 def test_a_server_that_was_killed_continues_without_a_copy_that_does_not_answer(
-    kit: Kit, is_large: bool, monkeypatch: pytest.MonkeyPatch
+    kit: Kit, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served_before(kit)
-    if is_large:
+    if why == "the recording is large":
         monkeypatch.setattr(copies, "_COPIED_FIRST_BYTES", 0)
-    else:
+    elif why == "it is gone":
         kit.kill()
-    copied = kit.copied(timeout_s=0.2 if not is_large else 30.0)
+    else:
+        kit.call = without_its_key
+    copied = kit.copied(timeout_s=0.2 if why == "it is gone" else 30.0)
     copied.begin()
     copied.start()
     assert kit.directory.asked[-1] == ("dropped", kit.directory.attempt)

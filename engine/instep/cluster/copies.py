@@ -19,7 +19,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol
 from urllib.parse import quote
@@ -37,6 +37,7 @@ from instep.recording.schema import TABLES, Durability
 from instep.recording.writer import SET_NEWEST, Statement, set_up
 from instep.security.keys import ServerKeys
 from instep.server.preparation import CannotServe
+from instep_client.protocol.errors import InvalidInput
 from instep_client.states import sync_folder
 
 MAX_MESSAGE_BYTES: Final = 2**28
@@ -95,7 +96,7 @@ class CopiedShard:
         node: the name of this node.
         folder: with the recordings.
         directory: is asked in the threads of recorders and in one of this object's.
-        call: makes a connection to the copy that a role names.
+        call: makes a connection to the copy that a role names; may raise InvalidInput.
         durability: of the recordings, and of the copy.
         log: gets a line when a copy begins to count, and when one is lost.
         timeout_s: a copy that does not answer for this long is lost.
@@ -271,13 +272,13 @@ class CopiedShard:
 
     def _try(self) -> None:
         """Give a copy everything; if that fails, have the attempt dropped."""
-        copy = self._call(self._role)
-        try:
-            self._give(copy)
-        except Exception as error:  # whatever it is, the server can continue without this copy
-            with self._changed:
-                copy.close()
-                self._lose(str(error))
+        with ExitStack() as undo:
+            try:
+                self._give(undo.enter_context(closing(self._call(self._role))))
+                undo.pop_all()
+            except Exception as error:  # whatever it is, the server can continue without this copy
+                with self._changed:
+                    self._lose(str(error))
 
     def _give(self, copy: Caller) -> None:
         role = self._role
@@ -318,7 +319,7 @@ class CopiedShard:
         return time.monotonic() - began_s
 
     def _positions_of_copy(self) -> dict[str, int] | None:
-        with closing(self._call(self._role)) as copy, suppress(NoAnswer, Rejected):
+        with suppress(NoAnswer, Rejected, InvalidInput), closing(self._call(self._role)) as copy:
             return dict(copy.ask("positions", within_s=self._timeout_s))
         return None
 
