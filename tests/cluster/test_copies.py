@@ -110,7 +110,7 @@ class Kit:
     def hold(self) -> None:
         """Begin the process with the copy, perhaps again."""
         self._ends.clear()
-        listener, copy = Listener(TransportConfig(endpoint="tcp://127.0.0.1:0"), None), HeldCopy(self.two)
+        listener, copy = Listener(TransportConfig(endpoint="tcp://127.0.0.1:0"), None), HeldCopy(self.two, TERM)
         self.directory.endpoint = listener.endpoint
 
         def answer() -> None:
@@ -569,7 +569,7 @@ class Sender:
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[HeldCopy]:
-    copy = HeldCopy(tmp_path / "two")
+    copy = HeldCopy(tmp_path / "two", TERM)
     yield copy
     copy.close()
 
@@ -584,21 +584,15 @@ def test_a_copy_takes_rising_attempts_only_also_after_its_process_was_killed(tmp
             late.ask("begin", term, attempt, "commit")
     sender.write(8)
     held.close()
-    again = HeldCopy(tmp_path / "two")
-    with closing_copy(again):
+    with closing(HeldCopy(tmp_path / "two", TERM)) as again:
         with pytest.raises(Rejected):
             Sender(again).ask("begin", TERM, 5, "commit")
         assert Sender(again).ask("positions") == {"a.instep": 8}
         Sender(again).seed(attempt=6)
-        Sender(again).ask("begin", TERM + 1, 1, "commit")  # of a directory whose store was lost
-
-
-@contextmanager
-def closing_copy(copy: HeldCopy) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        copy.close()
+    with closing(HeldCopy(tmp_path / "two", TERM + 1)) as next_term:
+        with pytest.raises(Rejected):
+            Sender(next_term).ask("begin", TERM, 7, "commit")
+        Sender(next_term).ask("begin", TERM + 1, 1, "commit")  # of a directory whose store was lost
 
 
 def test_a_copy_takes_only_the_next_message_of_the_newest_attempt(held: HeldCopy) -> None:
@@ -629,7 +623,7 @@ def test_the_old_copy_stays_until_the_new_one_is_whole(tmp_path: Path, held: Hel
     held.close()
     two = tmp_path / "two"
     two.rename(tmp_path / ".two.old")  # killed between the two renames
-    assert Sender(HeldCopy(two)).ask("positions") == {"a.instep": 8}
+    assert Sender(HeldCopy(two, TERM)).ask("positions") == {"a.instep": 8}
 
 
 @pytest.mark.parametrize(

@@ -417,7 +417,7 @@ class Agent:
 
     def _hold(self, role: ShardRole, pipe: socket.socket) -> int:
         transport = config_of_shard(self._launch.config, self._shards + role.shard).node_transport
-        hold_copy(transport, ServerKeys.read(transport), self._folder_of(role.shard))
+        hold_copy(transport, ServerKeys.read(transport), self._folder_of(role.shard), role.term)
 
     def _administer(self, role: ShardRole, pipe: socket.socket) -> int:
         from instep.cluster.admin import serve_admin

@@ -408,14 +408,14 @@ def _boot() -> str:
 # ── The copy's side ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def hold_copy(transport: TransportConfig, keys: ServerKeys | None, folder: Path) -> NoReturn:
-    """Hold the copy of a shard in a folder until this process is killed.
+def hold_copy(transport: TransportConfig, keys: ServerKeys | None, folder: Path, term: int) -> NoReturn:
+    """Hold the copy of a shard's server of a term in a folder until this process is killed.
 
     Raises:
         CannotListen: when the endpoint cannot be bound.
     """
     listener = Listener(transport.model_copy(update={"max_message_bytes": MAX_MESSAGE_BYTES}), keys)
-    copy = HeldCopy(folder)
+    copy = HeldCopy(folder, term)
     while True:
         copy.answer(listener, 1.0)
 
@@ -427,8 +427,9 @@ class HeldCopy:
     next message is taken, so that none is missing; once one has been refused, the sender has to begin anew.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, term: int) -> None:
         settle(folder)
+        self._term = term
         self._folder, self._new, self._old, self._seen = folder, *(_beside(folder, kind) for kind in _KINDS)
         self._sender, self._number = b"", 0
         self._durability: Durability = "commit"
@@ -485,6 +486,8 @@ class HeldCopy:
         self._files, self._locks, self._bytes_in_wals = {}, [], 0
 
     def _begin(self, term: int, attempt: int, durability: Durability) -> None:
+        if term != self._term:
+            raise ValueError(f"this is the copy of the server of term {self._term}, and not of {term}")
         seen = _read_note(self._seen) or {"term": 0, "attempt": 0}
         if (term, attempt) <= (seen["term"], seen["attempt"]):  # a directory whose store was lost begins at 1 again
             raise ValueError(f"attempt {seen['attempt']} of term {seen['term']} was seen before {attempt} of {term}")
