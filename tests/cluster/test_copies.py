@@ -46,7 +46,7 @@ class Directory:
 
     def __init__(self) -> None:
         self.endpoint = ""
-        self.term, self.attempt = TERM, 0
+        self.term, self.attempt, self.copy_attempt = TERM, 0, 0
         self.copy = self.joining = ""
         self.is_there = threading.Event()
         self.is_there.set()
@@ -54,15 +54,13 @@ class Directory:
         self.needs_copy = False
 
     def role(self) -> ShardRole:
-        other = self.copy or self.joining
+        other, counts = self.joining or self.copy, bool(self.copy and not self.joining)
         address = self.endpoint if other else ""
-        return ShardRole(
-            0, self.term, True, other, address, bool(self.copy), False, self.attempt, True, self.needs_copy
-        )
+        return ShardRole(0, self.term, True, other, address, counts, False, self.attempt, True, self.needs_copy)
 
     def join(self) -> ShardRole:
         """Give the shard another copy."""
-        self.copy, self.joining, self.attempt = "", "two", self.attempt + 1
+        self.joining, self.attempt = "two", self.attempt + 1
         return self.role()
 
     def _note(self, what: str, attempt: int = 0) -> None:
@@ -71,20 +69,22 @@ class Directory:
 
     def begins(self, shard: int, term: int, node: str) -> ShardRole | None:
         self._note("begins")
-        self.attempt += 1
+        self.attempt = self.copy_attempt = self.attempt + 1
         return self.role() if term == self.term else None
 
     def attached(self, shard: int, term: int, attempt: int) -> bool:
         self._note("attached", attempt)
         if (term, attempt) != (self.term, self.attempt) or not (self.joining or self.copy):
             return False
-        self.copy, self.joining = self.copy or self.joining, ""
+        self.copy, self.joining, self.copy_attempt = self.joining or self.copy, "", attempt
         return True
 
     def dropped(self, shard: int, term: int, attempt: int) -> bool:
         self._note("dropped", attempt)
         if term == self.term and attempt == self.attempt:
-            self.copy = self.joining = ""
+            self.joining = ""
+        if term == self.term and attempt == self.copy_attempt:
+            self.copy = ""
         return term == self.term
 
     def behind(self, shard: int, term: int, attempt: int) -> bool:
@@ -418,6 +418,73 @@ def test_a_copy_counts_once_the_directory_has_stored_that_and_stays_while_its_ro
     assert kit.shard.is_copied
     assert kit.differences() == []
     assert not any(what == "dropped" for what, _ in kit.directory.asked)
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_the_former_copy_counts_until_another_node_has_a_whole_one(
+    kit: Kit, tmp_path: Path, is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit.directory.needs_copy = True
+    copied = kit.copied()
+    copied.begin()
+    copied.start()
+    scribe = kit.write(copied)
+    attach(kit, copied)
+    goes_on, portions = threading.Event(), copies._portions
+
+    def slow(file: Path) -> Iterator[Any]:
+        assert goes_on.wait(60)
+        yield from portions(file)
+
+    monkeypatch.setattr(copies, "_portions", slow)
+    (tmp_path / "other").mkdir()
+    other, said = Kit(tmp_path / "other"), len(kit.lines)
+    other.hold()
+    try:
+        kit.directory.endpoint = other.directory.endpoint
+        copied.follow(kit.directory.join())
+        until((tmp_path / "other" / ".two.new").exists)
+        scribe.step(STREAMS)
+        scribe.writer.commit()
+        assert kit.shard.is_copied
+        assert kit.differences() == []
+        if is_lost:
+            other.kill()
+        goes_on.set()
+        until(lambda: len(kit.lines) > said)
+        scribe.step(STREAMS)
+        scribe.writer.commit()
+        assert kit.shard.is_copied
+        keeps = kit.two if is_lost else other.two
+        assert rows(keeps / "a.instep") == rows(kit.one / "a.instep")
+        dropped = [("dropped", kit.directory.attempt)]
+        until(lambda: [each for each in kit.directory.asked if each[0] == "dropped"] == dropped * is_lost)
+    finally:
+        other.kill()
+
+
+def test_neither_copy_counts_if_one_fails_while_both_are_waited_for(kit: Kit, tmp_path: Path) -> None:
+    copied = kit.copied()
+    copied.begin()
+    copied.start()
+    scribe = kit.write(copied)
+    attach(kit, copied)
+    former = kit.directory.attempt
+    (tmp_path / "other").mkdir()
+    other = Kit(tmp_path / "other")
+    other.hold()
+    kit.directory.endpoint = other.directory.endpoint
+    kit.directory.is_there.clear()
+    copied.follow(kit.directory.join())
+    until(lambda: ("attached", former + 1) in kit.directory.asked)
+    other.kill()
+    scribe.step(STREAMS)
+    with beside(scribe.writer.commit):
+        until(lambda: ("dropped", former + 1) in kit.directory.asked or ("dropped", former) in kit.directory.asked)
+        assert copied.is_used
+        kit.directory.is_there.set()
+    assert {("dropped", former), ("dropped", former + 1)} < {*kit.directory.asked}
+    assert not kit.shard.is_copied
 
 
 def test_where_a_copy_is_needed_nothing_is_durable_without_one(kit: Kit) -> None:

@@ -121,8 +121,8 @@ class CopiedShard:
         """With the newest attempt."""
         self._changed = threading.Condition()
         """Held while a transaction is committed, here and there, and while what follows changes."""
-        self._copy: Caller | None = None
-        """The copy that gets each transaction; it counts, or is about to."""
+        self._copies: dict[Caller, ShardRole] = {}
+        """The copies that get each transaction: one that counts, one that is about to, or for a moment both."""
         self._waiting: list[tuple[str, Sequence[Statement]]] | None = None
         """Transactions that a copy which begins does not have yet; None while none begins, or if it cannot have all."""
         self._waiting_bytes = 0
@@ -157,9 +157,9 @@ class CopiedShard:
                 time.sleep(_AGAIN_S)
                 continue
             if theirs is None:
-                self._drop("it does not answer")
+                self._drop(role, "it does not answer")
             elif role.counts and note.get("term") != now["term"]:
-                self._drop("the former server has ended in order, and another copy is made")
+                self._drop(role, "the former server has ended in order, and another copy is made")
             _write_note(self._folder / COMPLETE, now)
             return
         raise CannotServe(f"shard {self._shard.number} has had another server since term {self._shard.term}")
@@ -173,9 +173,9 @@ class CopiedShard:
         if not self._role.begun:
             self.begin()
         if self._role.counts and sum(map(bytes_on_disk, _files(self._folder))) > _COPIED_FIRST_BYTES:
-            self._drop("the recording is too large to be copied before anything is answered")
+            self._drop(self._role, "the recording is too large to be copied before anything is answered")
         if self._role.counts:
-            self._try()
+            self._try(self._role)
         threading.Thread(target=self._follow, name="instep-copies", daemon=True).start()
 
     def follow(self, role: ShardRole) -> None:
@@ -222,33 +222,38 @@ class CopiedShard:
             raise RecordingError(f"shard {self._role.shard} has had another server since term {self._role.term}")
 
     def _tell(self, act: Callable[[Caller], object]) -> None:
-        if self._copy is not None:
-            try:
-                act(self._copy)
-            except (NoAnswer, Rejected) as error:
-                self._lose(str(error))
+        try:
+            for copy in self._copies:
+                act(copy)
+        except (NoAnswer, Rejected) as error:
+            self._lose(str(error))
 
     def _lose(self, reason: str) -> None:
-        """Continue without the copy once the directory has stored that."""
+        """Continue without the copies once the directory has stored that; of two, it is not known here which counts."""
+        roles = [*self._copies.values()]
         self._let_go()
-        self._drop(reason)
-        self._say(used=False)
+        for role in roles:
+            self._drop(role, reason)
+        self._say()
 
-    def _drop(self, reason: str) -> None:
-        role, self._role = self._role, self._role._replace(counts=False)
+    def _drop(self, role: ShardRole, reason: str) -> None:
+        self._role = self._role._replace(counts=False)
         self._log.warning("copy lost", node=role.other, reason=reason)
         if not self._directory.dropped(role.shard, role.term, role.attempt):
-            self._is_over = self.is_used = True
+            self._is_over = True
+            self._say()
         self._check_term()
 
     def _let_go(self) -> None:
-        if self._copy is not None:
-            self._copy.close()
-        self._copy = self._waiting = None
+        for copy in self._copies:
+            copy.close()
+        self._copies = {}
 
-    def _say(self, *, used: bool, copied: bool = False) -> None:
-        self.is_used, self._shard.is_copied = used or self._role.needs_copy or self._is_over, copied
-        self._changed.notify_all()
+    def _say(self) -> None:
+        with self._changed:
+            self._shard.is_copied = any(role.counts for role in self._copies.values())
+            self.is_used = bool(self._copies) or self._role.needs_copy or self._is_over
+            self._changed.notify_all()
 
     # In a thread of its own, except for the first copy of `start`.
 
@@ -260,28 +265,29 @@ class CopiedShard:
             if role.address and role.attempt > self._role.attempt:
                 with suppress(RecordingError):  # recorders raise it, too
                     with self._changed:
-                        # the copy before counts until the directory has stored that it does not
-                        self._role = role if role.counts else self._role
-                        if self._copy is not None or role.counts:
-                            self._lose(f"{role.other} is to have another one")
-                        self._role = role._replace(counts=False)
-                    if not role.counts:
-                        self._try()
-                if self._copy is None:
+                        self._role = role
+                        self._is_over |= role.counts  # another process of this term has begun
+                        self._say()
+                        self._check_term()
+                    self._try(role)
+                if not self._copies:
                     time.sleep(_AGAIN_S)
 
-    def _try(self) -> None:
-        """Give a copy everything; if that fails, have the attempt dropped."""
+    def _try(self, role: ShardRole) -> None:
+        """Give a copy everything; if that fails, have the attempt dropped. The former copy is kept until then."""
         with ExitStack() as undo:
             try:
-                self._give(undo.enter_context(closing(self._call(self._role))))
+                self._give(undo.enter_context(closing(self._call(role))), role._replace(counts=False))
                 undo.pop_all()
             except Exception as error:  # whatever it is, the server can continue without this copy
                 with self._changed:
-                    self._lose(str(error))
+                    self._waiting = None
+                    if role.attempt in (each.attempt for each in self._copies.values()):
+                        self._lose(str(error))
+                    else:
+                        self._drop(role, str(error))
 
-    def _give(self, copy: Caller) -> None:
-        role = self._role
+    def _give(self, copy: Caller, role: ShardRole) -> None:
         with self._changed:
             self._waiting, self._waiting_bytes = [], 0
             self._given = [file.name for file in _files(self._folder)]
@@ -296,13 +302,15 @@ class CopiedShard:
             pass
         with self._changed:
             self._catch_up(copy)
-            self._copy, self._waiting = copy, None
-            self._say(used=True)
+            self._copies[copy], self._waiting = role, None
+            self._say()
         if not self._directory.attached(role.shard, role.term, role.attempt):
             raise Rejected("the directory does not want it any more")
         with self._changed:
-            if self._copy is copy:
-                self._say(used=True, copied=True)
+            if self._copies.pop(copy, None):
+                self._let_go()
+                self._copies = {copy: role._replace(counts=True)}
+                self._say()
                 self._log.info("copied", node=role.other)
 
     def _catch_up(self, copy: Caller) -> float:
