@@ -201,7 +201,7 @@ def test_the_rows_of_both_are_equal_whenever_a_copy_begins(kit: Kit, monkeypatch
     monkeypatch.setattr(copies, "_PORTION_BYTES", 1024)
     monkeypatch.setattr(copies, "_AHEAD_BYTES", 2048)
     monkeypatch.setattr(copies, "_HELD_UP_S", 0.001)
-    monkeypatch.setattr(copies, "_AGAIN_S", 0.0)
+    monkeypatch.setattr(copies, "_AGAIN_S", 0.01)
     copied = kit.copied()
     copied.begin()
     copied.start()
@@ -332,6 +332,17 @@ def test_a_server_whose_copy_is_lost_continues_once_the_directory_has_stored_tha
         kit.hold()
     attach(kit, copied)
     assert kit.differences() == []
+
+
+def test_a_server_that_records_nothing_notices_that_its_copy_is_lost(kit: Kit) -> None:
+    copied = kit.copied()
+    copied.begin()
+    copied.start()
+    kit.write(copied)
+    attach(kit, copied)
+    kit.kill()
+    until(lambda: not kit.shard.is_copied)
+    assert ("dropped", kit.directory.attempt) in kit.directory.asked
 
 
 @pytest.mark.parametrize("waits_for", ["commit", "barrier"])

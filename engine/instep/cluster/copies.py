@@ -259,9 +259,14 @@ class CopiedShard:
 
     def _follow(self) -> None:
         while not self._is_over:
-            role = self._roles.get()
-            while not self._roles.empty():
-                role = self._roles.get()
+            try:
+                role = self._roles.get(timeout=_AGAIN_S)
+                while not self._roles.empty():
+                    role = self._roles.get()
+            except queue.Empty:  # perhaps nothing is recorded, and the copies are lost
+                with suppress(RecordingError), self._changed:
+                    self._tell(lambda copy: copy.ask("commit", within_s=self._timeout_s))
+                continue
             if role.address and role.attempt > self._role.attempt:
                 with suppress(RecordingError):  # recorders raise it, too
                     with self._changed:
