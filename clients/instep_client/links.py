@@ -20,7 +20,7 @@ from instep_client.arguments import Indices, good_names
 from instep_client.connection import ENDED, OPEN, Call
 from instep_client.driver import Driver
 from instep_client.key_files import ClientKeys
-from instep_client.protocol.errors import InstepError
+from instep_client.protocol.errors import ConnectionRefused, InstepError
 from instep_client.protocol.wire import shard_of
 from instep_client.session import Session
 
@@ -118,7 +118,11 @@ class Links:
                 with suppress(InstepError):
                     self.first = await answer
                     return
-            await starts[0]
+            failures = sorted(
+                (task.exception() for task in starts), key=lambda each: isinstance(each, ConnectionRefused)
+            )
+            assert failures[0] is not None
+            raise failures[0]  # one that says more than that nothing listens, if there is one
         finally:
             for task in starts:
                 task.cancel()

@@ -28,6 +28,7 @@ from instep_client import (
     ConnectionFailed,
     ConnectionRefused,
     FramesRefused,
+    HandshakeFailed,
     StreamEvicted,
     StreamRefused,
 )
@@ -185,6 +186,14 @@ async def test_one_key_opens_all_shards(tmp_path: Path) -> None:
         assert (await (await client.open_group(NAMES)).step(X)).shape == (*X.shape[:2], 8)
         numbers = await client.stats()
     assert numbers['principal_frames_total{principal="mic"}'] == X[..., 0].size
+
+
+async def test_of_several_endpoints_the_one_that_wants_a_key_is_named(tmp_path: Path) -> None:
+    async with shards(1, transport=KeyRing(tmp_path, mic={}).transport) as (server,):
+        for endpoints in (f"{closed_port()},{server.endpoint}", f"{server.endpoint},{closed_port()}"):
+            with pytest.raises(HandshakeFailed) as wanted:
+                await AsyncClient(endpoints).connect()
+            assert server.endpoint in str(wanted.value)
 
 
 async def test_threads_use_groups_over_shards() -> None:

@@ -370,6 +370,8 @@ class Agent:
                 pipe.send(msgpack.packb([False, str(error)]))
             except NoAnswer:
                 continue  # the agent says everything again
+            except BrokenPipeError:
+                return 0  # the agent has ended
 
     def _serve(self, role: ShardRole, pipe: socket.socket) -> int:
         log, config = self._log.bind(shard=role.shard), self._launch.config
@@ -463,6 +465,7 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
         CannotServe, InvalidInput: it cannot start.
     """
     endpoint, folder = config.transport.endpoint, config.recording.file
+    directory = directory.removeprefix("tcp://")
     place = re.fullmatch(r"tcp://(.+):([0-9]+)", endpoint)
     host = host or ("" if place is None else place[1])
     if place is None or host in ("*", "0.0.0.0", "[::]"):

@@ -111,6 +111,7 @@ def move(
     Exit status 0: the move has begun, see `instep cluster status`. 2: it is not possible.
     """
     ask("move", shard, node)
+    typer.echo(f"shard {shard} moves to {node}: see instep cluster status")
 
 
 @app.command(examples=["instep cluster drain n2"])
@@ -121,6 +122,7 @@ def drain(ask: Ask, node: Node) -> None:
     Exit status 0: it has begun; `instep cluster status` shows when nothing is left. 2: there is no such node.
     """
     ask("drain", node)
+    typer.echo(f"{node} is being drained: see instep cluster status")
 
 
 @app.command(examples=["instep cluster undrain n2"])
@@ -164,11 +166,14 @@ def _ask(directory: str, key_file: str, server_key: str, verb: str, *arguments: 
     from instep_client.key_files import read_client_keys
     from instep_tools.problems import CommandProblem
 
+    directory = directory.removeprefix("tcp://")
     caller = Caller(f"tcp://{directory}", read_client_keys(key_file, server_key))
     try:
         return caller.ask(verb, *arguments, within_s=3.0)
     except NoAnswer:
-        keys = "" if key_file else ", or has keys: give --key-file and --server-key"
+        keys = (
+            ", or --server-key is not its public key" if key_file else ", or has keys: give --key-file and --server-key"
+        )
         raise CommandProblem(f"the directory at {directory} does not answer{keys}") from None
     except Rejected as error:
         raise CommandProblem(str(error)) from None

@@ -287,8 +287,8 @@ def run(config: Config, folder: Path, shards: int, copies: int, adopt: Collectio
     directory = make_directory(config, folder, log, shards=shards, copies=copies, adopt=adopt)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: directory.stop())
-    if (peers_file := config.transport.peers_file) is not None:
-        signal.signal(signal.SIGHUP, lambda *_: directory.admit(peers_file))
+    peers_file = config.transport.peers_file
+    signal.signal(signal.SIGHUP, lambda *_: None if peers_file is None else directory.admit(peers_file))
     log.info("directory", endpoint=directory.endpoint, shards=shards, copies=copies, store=str(folder))
     directory.run()
     return 0
