@@ -29,7 +29,7 @@ _LOOK_S: Final = 0.25
 _ANSWER_S: Final = 1.0
 """The longest wait for an answer to that question."""
 _REFRESH_S: Final = 60.0
-"""The time between two such questions while all is well, so that what is known is not from long ago."""
+"""A client whose connections are all well asks for the table this often, so that its table does not grow old."""
 
 
 class Link(NamedTuple):
@@ -180,7 +180,7 @@ class Links:
         return [await self.of_shard(shard) for shard in range(len(self))]
 
     async def _ask(self, link: Link) -> None:
-        """Ask where the shards are, and leave servers in whose place the answer names others."""
+        """Ask for the table of shards, and leave each server that the table replaces."""
         table = await link.driver.wait(link.session.where())
         self.first.session.shards.take(table, link.session.endpoint)
         for session, driver in self._by_shard.values():
