@@ -226,6 +226,9 @@ def test_an_older_copy_counts_until_the_next_one_is_whole() -> None:
     roles = {name: rules.roles(name)[0] for name in "abc"}
     assert (roles[server].other, roles[server].counts, roles[server].attempt) == (third, False, view.attempt)
     assert (roles[copy].counts, roles[copy].attempt) == (True, view.copy_attempt)
+    rules.shards[0] = view._replace(attempt=view.attempt + 1)  # it was given up, and is made once more
+    assert rules.dropped(0, term, view.attempt), "the server has the older one"
+    rules.shards[0] = view
     assert rules.attached(0, term, view.attempt)
     assert (rules.shards[0].copy, rules.shards[0].joining) == (third, "")
     assert not rules.dropped(0, term, view.copy_attempt), "another copy counts"

@@ -222,17 +222,22 @@ class CopiedShard:
             raise RecordingError(f"shard {self._role.shard} has had another server since term {self._role.term}")
 
     def _tell(self, act: Callable[[Caller], object]) -> None:
-        try:
-            for copy in self._copies:
+        for copy in [*self._copies]:
+            if copy not in self._copies:
+                continue
+            try:
                 act(copy)
-        except (NoAnswer, Rejected) as error:
-            self._lose(str(error))
+            except (NoAnswer, Rejected) as error:
+                if copy is [*self._copies][-1]:
+                    self._lose(str(error))
+                while copy in self._copies:  # its process ends once the directory has another in its place
+                    self._changed.wait()
 
     def _lose(self, reason: str) -> None:
         """Continue without the copies once the directory has stored that; of two, it is not known here which counts."""
         roles = [*self._copies.values()]
         self._let_go()
-        for role in roles:
+        for role in reversed(roles):
             self._drop(role, reason)
         self._say()
 

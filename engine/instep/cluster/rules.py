@@ -264,7 +264,8 @@ class Assignments:
             if has_failed and (node := self.nodes.get(lost)):
                 node.avoid_until = self._now + min(2.0**node.failures, MAX_AVOID_S)
                 node.failures += 1
-        return not view.copy or (attempt == view.attempt != view.copy_attempt)
+        # only the process that serves now knows an attempt that was begun after the copy counted
+        return not view.copy or attempt > view.copy_attempt
 
     def behind(self, shard: int, term: int, attempt: int) -> bool:
         """Whether the copy that counts, which has more than the server, takes its place; the server ends anyway."""
