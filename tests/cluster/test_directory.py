@@ -25,7 +25,7 @@ from tests.support.running import log_into
 
 LOG = log_into([])
 WITHIN_S = 20.0
-NEWS: dict[str, Any] = {"serves": [], "ended": [], "gone": [], "given_up": []}
+NEWS: dict[str, Any] = {"serves": [], "ended": [], "gone": []}
 
 
 @contextmanager
@@ -207,18 +207,22 @@ def test_operators_see_shards_and_nodes_and_change_what_they_may(tmp_path: Path)
         assert command(directory, "accept-loss", "0", "a").exit_code == 2
 
 
-def test_a_shard_that_its_node_has_given_up_is_taken_over_by_its_copy(tmp_path: Path) -> None:
+def test_a_shard_that_its_node_cannot_serve_is_taken_over_by_its_copy(tmp_path: Path) -> None:
     with serving(tmp_path) as directory, nodes_of(directory) as nodes:
         nodes.until(have_servers, "a", "b")
         time.sleep(1.0)  # servers are answered once nodes have had time to be heard
         shard = next(role.shard for role in nodes.roles["a"].values() if role.is_server)
         client = DirectoryClient(nodes.caller("a"), LOG)
         assert client.begins(shard, 1, "a") is not None
-        nodes.say("a", given_up=[(shard, 1)])
-        assert "given it up" in json.loads(command(directory, "status", "--json").stdout)["shards"][shard]["problem"]
+        nodes.say("a", serves=[(shard, 1, "tcp://a:1")])
+        assert not json.loads(command(directory, "status", "--json").stdout)["shards"][shard]["problem"]
+        nodes.say("a", gone=[(shard, 1)])
+        shown = json.loads(command(directory, "status", "--json").stdout)["shards"][shard]
+        assert (bool(shown["problem"]), shown["endpoint"]) == (True, "")
+        assert client.begins(shard, 1, "a") is not None
         nodes.until(lambda roles: bool(roles["a"][shard].other), "a", "b")
         assert client.attached(shard, 1, nodes.roles["a"][shard].attempt)
-        nodes.say("a", given_up=[(shard, 1)])
+        nodes.say("a", gone=[(shard, 1)])
         nodes.until(lambda roles: servers(roles)[shard] == "b", "a", "b")
 
 

@@ -180,7 +180,6 @@ class Agent:
         news = {
             "serves": [(k, each.role.term, each.endpoint) for k, each in self._processes.items() if each.endpoint],
             "ended": sorted(self._ended),
-            "given_up": self._given_up(),
             "gone": [(role.shard, role.term) for role in self._roles.values() if self._is_gone(role)],
         }
         self._relay.tell(["heard", [*about[:-1], has], news, self._told])
@@ -241,8 +240,9 @@ class Agent:
         return before != {each.pid for each in self._processes.values()}
 
     def _is_gone(self, role: ShardRole) -> bool:
-        """Whether a server could not begin, because its recording is not there."""
-        return role.is_server and role.begun and role.shard not in (*self._has, *self._processes)
+        """Whether the server of a shard cannot begin here: its recording is not there, or it has died too often."""
+        is_lost = role.begun and role.shard not in (*self._has, *self._processes)
+        return role.is_server and (is_lost or (role.shard, role.term) in self._given_up())
 
     def _may_begin(self, of: tuple[int, int]) -> bool:
         """Whether a process that has died may be started again now, which is later with each death."""

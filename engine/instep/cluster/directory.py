@@ -95,8 +95,6 @@ class Directory:
         self._run_id = secrets.token_hex(4)
         self._agents: dict[str, bytes] = {}
         """The connection of each node's agent."""
-        self._given_up: dict[str, set[tuple[int, int]]] = {}
-        """The shards and terms whose processes each agent starts no more."""
         self._hears_from = time.monotonic() + _SETTLES_S
         self._told = ""
         self._ends = False
@@ -192,20 +190,12 @@ class Directory:
             self._rules.ended(shard, term)
         for shard, term in news["gone"]:
             self._rules.gone(shard, term)
-        self._given_up[name] = {(shard, term) for shard, term in news["given_up"]}
-        for shard, term in self._given_up[name]:
-            if self._rules.shards[shard].server == name:
-                self._rules.serves(shard, term, name, "")
-                self._rules.gone(shard, term)  # its copy, if it has one, takes its place
         return self._news(report.name) if told != self._version else None
 
     def _status(self) -> dict[str, Any]:
         shards: list[dict[str, Any]] = []
         for shard, each in enumerate(self._rules.status()):
-            problem = each.problem
-            if (shard, each.assignment.term) in self._given_up.get(each.assignment.server, ()):
-                problem = f"{each.assignment.server} has given it up: see the log there, and start its agent again"
-            others = {"endpoint": each.endpoint, "alone_s": each.alone_s, "problem": problem}
+            others = {"endpoint": each.endpoint, "alone_s": each.alone_s, "problem": each.problem}
             shards.append({"shard": shard, **each.assignment._asdict(), **others})
         servers = Counter(each["server"] for each in shards)
         copies = Counter(each["copy"] or each["joining"] for each in shards)

@@ -209,12 +209,13 @@ class Assignments:
             self._begin_term(shard, view.copy, f"moved from {view.server}", copy=former)
 
     def gone(self, shard: int, term: int) -> None:
-        """The node that is to serve a shard does not have its recording; said until its role is another one."""
+        """The node that is to serve a shard has lost its recording, or cannot start; said until its role is another."""
         view = self.shards[shard]
         if view.term != term or not view.begun:
             return
+        self.serves(shard, term, view.server, "")
         if self._can_take_over(view):
-            self._begin_term(shard, view.copy, f"taken over from {view.server}, which lost its recording")
+            self._begin_term(shard, view.copy, f"taken over from {view.server}, which cannot serve it")
         else:
             self._gone.add((shard, term))
 
@@ -519,9 +520,10 @@ class Assignments:
         if not view.term:
             return f"the cluster begins when {self.min_nodes} nodes are there"
         if (shard, view.term) in self._gone:
-            return f"{view.server} has lost its recording: bring {view.copy or 'it'} back, or use accept-loss"
+            helps = f"bring {view.copy} back" if view.copy else "use accept-loss"
+            return f"{view.server} has lost its recording or cannot start: see the log there, or {helps}"
         if self.is_alive(view.server):
-            return "" if self._endpoint(shard) else f"starts on {view.server}"
+            return "" if self._endpoint(shard) else f"starts on {view.server}: see the log there"
         if self.is_alive(view.copy) and not self._may_serve(view.copy, view):
             return f"waits for {view.server}: {view.copy}, which has its copy, computes other bits"
         return f"waits for {view.server}" + (f" or {view.copy}" if view.copy else "")
