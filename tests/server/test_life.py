@@ -152,6 +152,24 @@ async def test_a_recording_that_fails_ends_the_server_with_a_reason_and_nothing_
     assert server.unanswered_messages == 1
 
 
+async def test_a_recording_that_fails_at_the_last_checkpoint_is_not_waited_for(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("disk full, injected")
+
+    recording = {"file": tmp_path / "r.instep"}
+    failure = f"the recording {recording['file']} failed: disk full, injected"
+    async with running(SMALL, recording=recording, failure=failure) as server, RawClient(server.endpoint) as client:
+        await client.hello()
+        handles = (await client.open("s")).handles()
+        assert (await client.step(handles, [0], random_frames(rng, 1))).kind is Kind.STEPPED
+        monkeypatch.setattr(RecordingWriter, "commit", full)
+        server.stop()
+        async with asyncio.timeout(server.config.shutdown.drain_timeout_s / 2):
+            assert (await client.receive()).kind is Kind.GOODBYE
+
+
 async def test_a_start_that_fails_leaves_nothing_open(tmp_path: Path) -> None:
     path = tmp_path / "r.instep"
     async with running(SMALL, recording={"file": path}) as server:

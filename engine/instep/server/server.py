@@ -353,11 +353,16 @@ class Server:
             self._fail_if_late()
             await asyncio.sleep(_LOOK_S)
         await self._linger()
-        if self._shutdown.drains:
-            with contextlib.suppress(TimeoutError):  # it only saves the next start a replay
-                async with asyncio.timeout(max(0.0, self._drain_until - time.monotonic())):
-                    await asyncio.gather(*(service.checkpoints.take() for service in self.services))
+        await self._take_checkpoints()
         self.unanswered_messages = sum(service.engine.unanswered_messages for service in self.services)
+
+    async def _take_checkpoints(self) -> None:
+        """Save the next start a replay, unless a failure, another interrupt or the deadline comes first."""
+        taking = asyncio.gather(*(service.checkpoints.take() for service in self.services))
+        while self._shutdown.drains and not taking.done() and time.monotonic() < self._drain_until:
+            await asyncio.wait([taking], timeout=_LOOK_S)
+        taking.cancel()
+        await asyncio.gather(taking, return_exceptions=True)
 
     async def _linger(self) -> None:
         """Wait until peers have read their replies.
