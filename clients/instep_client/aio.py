@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from instep_client.arguments import Indices, counts, good_names, group_frames, row_indices
 from instep_client.connection import Call
+from instep_client.driver import Driver
 from instep_client.frames import TimedOutputs
 from instep_client.key_files import read_client_keys
-from instep_client.links import Link, Links, all_of
+from instep_client.links import Links, all_of
 from instep_client.protocol.codes import HAVE_ALL
 from instep_client.protocol.errors import (
     FramesRefused,
@@ -44,6 +45,7 @@ _MOST_ATTEMPTS: Final = 3
 """The most attempts of `open`, because others may open and close streams of that name meanwhile."""
 _LARGEST: Final = re.compile(r"_(p50|p99|mean|busy|ratio|(?<!_per_)s)$")
 """Matches the names of quantiles, means, shares and times, of which several shards have the largest."""
+_SUMMED: Final = ("streams", "connections", "frames")
 _LEAST: Final = ("ready", "exact", "copied", "recording_free_bytes")
 _MOVED_ON: Final = frozenset({Code.UNKNOWN_STREAM, Code.EXPIRED, Code.IDLE, Code.FENCED, Code.STATE_LOST})
 
@@ -88,10 +90,10 @@ class StreamView:
 class GroupPart(NamedTuple):
     """The streams of a group that belong to one shard."""
 
-    link: Link
-    handle: StreamHandle
+    driver: Driver
     where: Indices
     """Their indices in the group, in ascending order."""
+    handle: StreamHandle
 
 
 class GroupView:
@@ -120,17 +122,17 @@ class GroupView:
     @property
     def next_seqs(self) -> U64:
         """The seq of the next frame of each stream, uint64 [N]."""
-        return self._gather(link.session.table.next_seqs(handle) for link, handle, _ in self._parts)
+        return self._gather(driver.session.table.next_seqs(handle) for driver, _, handle in self._parts)
 
     @property
     def epochs(self) -> U64:
         """The epoch of each stream, uint64 [N]; see `AsyncStream.epoch`."""
-        return self._gather(link.session.table.epochs(handle) for link, handle, _ in self._parts)
+        return self._gather(driver.session.table.epochs(handle) for driver, _, handle in self._parts)
 
     @property
     def moved_at(self) -> npt.NDArray[np.int64]:
         """`AsyncStream.moved_at` of each stream, int64 [N], with -1 for None."""
-        return self._gather(link.session.table.moved_at[handle.rows] for link, handle, _ in self._parts)
+        return self._gather(driver.session.table.moved_at[handle.rows] for driver, _, handle in self._parts)
 
 
 class AsyncStream(StreamView):
@@ -146,10 +148,10 @@ class AsyncStream(StreamView):
     server is gone for good, and ClientClosed after `close`.
     """
 
-    def __init__(self, link: Link, handle: StreamHandle) -> None:
+    def __init__(self, driver: Driver, handle: StreamHandle) -> None:
         """The methods of `AsyncClient` make these."""
-        self._link = link
-        self._session, self._driver = link
+        self._driver = driver
+        self._session = driver.session
         self._handle = handle
 
     def _state(self, rows: U8) -> State:
@@ -243,7 +245,7 @@ class AsyncStream(StreamView):
             InvalidInput: for a bad name.
         """
         handle = await self._driver.wait(self._session.fork(self._handle, [name]))
-        return AsyncStream(self._link, handle)
+        return AsyncStream(self._driver, handle)
 
     async def snapshot(self) -> StreamSnapshot:
         """Read the state with its seq and model, to save it or restore it on any server of that model."""
@@ -273,30 +275,22 @@ class AsyncGroup(GroupView):
         self._parts = parts
 
     @classmethod
-    async def _opened(cls, names: tuple[str, ...], asked: Sequence[tuple[Link, Indices, Opening]]) -> AsyncGroup:
-        """The group of the streams that these calls open: all of them, or none."""
-        calls = [(link, call) for link, _, call in asked]
-        await all_of(calls)
-        opened = [(link, call.result()) for link, call in calls if call.error is None and call.begins_streams]
-        if any(call.error is not None for _, call in calls):
-            await all_of([(link, link.session.close(handle)) for link, handle in opened])
-        _raise_first([call for _, call in calls], names)
-        return cls(names, [GroupPart(link, call.result(), where) for link, where, call in asked])
-
-    def _check_handles(self) -> None:
-        for (session, _), handle, _ in self._parts:
-            session.check_handle(handle)  # so that no part is asked if another one fails
+    async def _opened(
+        cls, names: tuple[str, ...], parts: Sequence[tuple[Driver, Indices, Any]], asked: Iterable[Opening]
+    ) -> AsyncGroup:
+        """The group of the streams that the calls of these parts open: all of them, or none."""
+        calls = await all_of((driver, call) for (driver, _, _), call in zip(parts, asked, strict=True))
+        opened = [(part[0], call.result()) for part, call in zip(parts, calls, strict=True) if call.error is None]
+        if len(opened) < len(calls) and calls[0].begins_streams:
+            await all_of((driver, driver.session.close(handle)) for driver, handle in opened)
+        handles = _results(calls, names)
+        return cls(names, [GroupPart(*part[:2], handle) for part, handle in zip(parts, handles, strict=True)])
 
     async def _ask(self, ask: Callable[[GroupPart], Call[R]]) -> list[R]:
-        for part in self._parts:
-            part.link.session.check_open()
-        asked = [(part.link, ask(part)) for part in self._parts]
-        await all_of(asked)
-        _raise_first([call for _, call in asked], self._names)
-        return [call.result() for _, call in asked]
+        return _results(await all_of((part.driver, ask(part)) for part in self._parts), self._names)
 
     def _state(self, rows: Sequence[U8]) -> State:
-        return as_state(self._gather(rows), self._parts[0].link.session.info.state, single=False)
+        return as_state(self._gather(rows), self._parts[0].driver.session.info.state, single=False)
 
     async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
         """Send one frame for each stream [N, features], or T frames [T, N, features]; return outputs in the same form.
@@ -315,41 +309,36 @@ class AsyncGroup(GroupView):
         """Like `step`, but return the server's times too."""
         if len(self._parts) > 1:
             return await self._step_shards(x, rows)
-        (session, driver), handle, _ = self._parts[0]
-        return await driver.wait(session.step(handle, x, rows))
+        driver, _, handle = self._parts[0]
+        return await driver.wait(driver.session.step(handle, x, rows))
 
     async def _step_shards(self, x: npt.ArrayLike, rows: npt.ArrayLike | None) -> TimedOutputs:
-        info = self._parts[0].link.session.info
+        info = self._parts[0].driver.session.info
         taken = np.arange(len(self)) if rows is None else row_indices(rows, len(self))
         frames, prefix = group_frames(x, len(taken), info.features)
-        asked = []
-        for (session, driver), handle, where in self._parts:
-            columns = np.flatnonzero(np.isin(taken, where))
-            if len(columns):
-                own_rows = np.searchsorted(where, taken[columns])
-                call = session.prepare_step(handle, frames[:, columns], own_rows)  # may raise, so none is sent yet
-                asked.append((Link(session, driver), columns, call))
-        for link, _, call in asked:
-            link.session.queue.submit(call)
-        await all_of([(link, call) for link, _, call in asked])
-        outputs = np.full((*frames.shape[:2], info.outputs), np.nan, np.float32)
-        answer = TimedOutputs(outputs.reshape(*prefix, info.outputs), 0, 0, 0)
-        errors: list[FramesRefused | StreamEvicted] = []
-        for _, columns, call in asked:
-            if isinstance(call.error, FramesRefused | StreamEvicted) and call.error.outputs is not None:
+        shares = [(part, np.flatnonzero(np.isin(taken, part.where))) for part in self._parts]
+        shares = [(part, columns) for part, columns in shares if len(columns)]
+        calls = await all_of(
+            (driver, driver.session.step(handle, frames[:, columns], np.searchsorted(where, taken[columns])))
+            for (driver, where, handle), columns in shares
+        )
+        outputs = np.empty((*frames.shape[:2], info.outputs), np.float32)
+        times, errors = list[list[int]](), list[FramesRefused | StreamEvicted]()
+        for (_, columns), call in zip(shares, calls, strict=True):
+            if isinstance(call.error, FramesRefused | StreamEvicted):
                 errors.append(call.error)
                 outputs[:, columns] = call.error.outputs
             else:
-                part = call.result()
-                outputs[:, columns] = part.outputs
-                answer = TimedOutputs(answer.outputs, *map(max, zip(answer[1:], part[1:], strict=True)))
+                outputs[:, columns], *own = call.result()
+                times.append(own)
+        answer = outputs.reshape(*prefix, info.outputs)
         if errors:
-            raise _joined(errors, self._names, answer.outputs)
-        return answer
+            raise _joined(errors, self._names, answer)
+        return TimedOutputs(answer, *(max(each) for each in zip(*times, strict=True)))
 
     async def read_state(self) -> tuple[U64, State]:
         """Return seqs, uint64 [N], and the states of N streams; see `AsyncStream.read_state`."""
-        seqs, states = zip(*await self._ask(lambda part: part.link.session.read_state(part.handle)), strict=True)
+        seqs, states = zip(*await self._ask(lambda part: part.driver.session.read_state(part.handle)), strict=True)
         return self._gather(seqs), self._state(states)
 
     async def reset(self, states: GivenState | None = None) -> None:
@@ -359,9 +348,10 @@ class AsyncGroup(GroupView):
             StreamRefused: naming the first stream that the server refuses; others may have been reset.
             InvalidInput: for states of another shape.
         """
-        self._check_handles()
-        own = iter(_split(states, self._parts[0].link.session, [part.where for part in self._parts], len(self)))
-        await self._ask(lambda part: part.link.session.reset(part.handle, next(own)))
+        for driver, _, handle in self._parts:
+            driver.session.check_handle(handle)  # so that none is asked if another one cannot be
+        own = iter(_split(states, self._parts, len(self)))
+        await self._ask(lambda part: part.driver.session.reset(part.handle, next(own)))
 
     async def fork(self, names: Sequence[str]) -> AsyncGroup:
         """Open a new stream for each of these, with its state and seq; see `AsyncStream.fork`.
@@ -371,12 +361,11 @@ class AsyncGroup(GroupView):
         names = good_names(names)
         if len(names) != len(self):
             raise InvalidInput(f"{len(self)} streams are copied, there are names for {len(names)}")
-        self._check_handles()
-        forks = [
-            (link, where, link.session.fork(handle, [names[index] for index in where.tolist()]))
-            for link, handle, where in self._parts
-        ]
-        return await self._opened(names, forks)
+        forks = (
+            driver.session.fork(handle, [names[index] for index in where.tolist()])
+            for driver, where, handle in self._parts
+        )
+        return await self._opened(names, self._parts, forks)
 
     async def close(self) -> State:
         """Close all streams and return their final states, in which floats of ended streams are NaN.
@@ -384,26 +373,29 @@ class AsyncGroup(GroupView):
         Raises:
             StreamRefused: when the server refuses one that is open.
         """
-        return self._state(await self._ask(lambda part: part.link.session.close(part.handle)))
+        for part in self._parts:
+            part.driver.session.check_open()  # so that none is asked if another one cannot be
+        return self._state(await self._ask(lambda part: part.driver.session.close(part.handle)))
 
 
 def _split(
-    states: GivenState | None, session: Session, parts: Sequence[Indices], count: int
+    states: GivenState | None, parts: Sequence[tuple[Driver, Indices, Any]], count: int
 ) -> Sequence[GivenState | None]:
     """A group's states, of which each part gets its own."""
     if states is None or len(parts) == 1:
         return [states] * len(parts)
-    spec = session.info.state
+    spec = parts[0][0].session.info.state
     rows = state_rows(states, spec, count)
-    return [as_state(rows[where], spec, single=False) for where in parts]
+    return [as_state(rows[where], spec, single=False) for _, where, _ in parts]
 
 
-def _raise_first(calls: Sequence[Call[Any]], names: Sequence[str]) -> None:
-    """Raise the error of a group's parts that is about its first stream."""
+def _results(calls: Iterable[Call[R]], names: Sequence[str] = ()) -> list[R]:
+    """The results of calls of several shards, or the error that is about the first stream."""
     errors = [call.error for call in calls if call.error is not None]
     if errors:
         places = {name: place for place, name in enumerate(names)}  # a fork's error may name a stream that it copies
         raise min(errors, key=lambda error: places.get(getattr(error, "stream", ""), 0))
+    return [call.result() for call in calls]
 
 
 def _joined(
@@ -411,12 +403,13 @@ def _joined(
 ) -> FramesRefused | StreamEvicted:
     """The errors of a step's parts as one, as if one server had refused all of it."""
     places = {name: place for place, name in enumerate(names)}
-    failed = [failure for error in errors for failure in error.failures]
+    failed = chain.from_iterable(error.failures for error in errors)
     failures = tuple(sorted(failed, key=lambda failure: places[failure.stream]))
     ended = [error for error in errors if isinstance(error, StreamEvicted)]
-    first = min(ended or errors, key=lambda error: places[getattr(error, "stream", error.failures[0].stream)])
-    if isinstance(first, FramesRefused):
+    if not ended:
+        first = next(error for error in errors if failures[0] in error.failures)
         return FramesRefused(first.code, first.sentence, failures, outputs)
+    first = min(ended, key=lambda error: places[error.stream])
     first.failures, first.outputs = failures, outputs
     return first
 
@@ -534,10 +527,10 @@ class AsyncClient:
         if if_exists not in get_args(IfExists):
             raise InvalidInput(f"if_exists is {if_exists!r:.40}: expected {', '.join(get_args(IfExists))}")
         for attempt in range(_MOST_ATTEMPTS):
-            link = await self._links.of_stream(name)
-            call = link.session.open([name], initial_state, single=True, first_seqs=first_seq or None)
+            driver = await self._links.of_stream(name)
+            call = driver.session.open([name], initial_state, single=True, first_seqs=first_seq or None)
             try:
-                return AsyncStream(link, await link.driver.wait(call))
+                return AsyncStream(driver, await driver.wait(call))
             except StreamRefused as error:
                 if error.code is not Code.NAME_IN_USE or if_exists == "error" or attempt + 1 == _MOST_ATTEMPTS:
                     raise
@@ -563,12 +556,11 @@ class AsyncClient:
         """
         names = good_names(names)
         parts = await self._links.of_streams(names)
-        states = _split(initial_states, self._links.first.session, [where for _, where, _ in parts], len(names))
-        asked = [
-            (link, where, link.session.open(own, given, single=False))
-            for (link, where, own), given in zip(parts, states, strict=True)
-        ]
-        return await AsyncGroup._opened(names, asked)
+        states = _split(initial_states, parts, len(names))
+        calls = (
+            driver.session.open(own, given, single=False) for (driver, _, own), given in zip(parts, states, strict=True)
+        )
+        return await AsyncGroup._opened(names, parts, calls)
 
     async def resume(self, name: str, have: int | None = None, epoch: int = 0, take_over: bool = False) -> AsyncStream:
         """Continue a stream that is parked, or that another client owns.
@@ -588,9 +580,9 @@ class AsyncClient:
             ConnectionFailed: when the connection was lost meanwhile and the stream may have been resumed.
             InvalidInput: for a bad name or number.
         """
-        link = await self._links.of_stream(name)
-        call = link.session.resume([name], have, epoch, take_over, single=True)
-        return AsyncStream(link, await link.driver.wait(call))
+        driver = await self._links.of_stream(name)
+        call = driver.session.resume([name], have, epoch, take_over, single=True)
+        return AsyncStream(driver, await driver.wait(call))
 
     async def resume_group(
         self,
@@ -609,11 +601,12 @@ class AsyncClient:
         names = good_names(names)
         seqs = counts(HAVE_ALL if have is None else have, len(names), "have")
         numbers = counts(epochs, len(names), "epochs")
-        asked = [
-            (link, where, link.session.resume(own, seqs[where], numbers[where], take_over, single=False))
-            for link, where, own in await self._links.of_streams(names)
-        ]
-        return await AsyncGroup._opened(names, asked)
+        parts = await self._links.of_streams(names)
+        calls = (
+            driver.session.resume(own, seqs[where], numbers[where], take_over, single=False)
+            for driver, where, own in parts
+        )
+        return await AsyncGroup._opened(names, parts, calls)
 
     async def read_state(self, name: str) -> tuple[int, State]:
         """Read the state of any stream of the server, even a parked one, without disturbing its owner.
@@ -625,10 +618,9 @@ class AsyncClient:
             StreamRefused: UNKNOWN_STREAM or EXPIRED if there is no such stream.
             InvalidInput: for a bad name.
         """
-        link = await self._links.of_stream(name)
-        seqs, states = await link.driver.wait(link.session.read_state_by_name([name]))
-        info = self.info
-        return int(seqs[0]), as_state(states, info.state, single=True)
+        driver = await self._links.of_stream(name)
+        seqs, states = await driver.wait(driver.session.read_state_by_name([name]))
+        return int(seqs[0]), as_state(states, self.info.state, single=True)
 
     async def snapshot(self, name: str) -> StreamSnapshot:
         """Read the state of any stream; see `AsyncStream.snapshot`."""
@@ -659,10 +651,10 @@ class AsyncClient:
             raise InvalidInput(f"place is {place!r:.40}: expected {', '.join(places)}")
         number = 0 if place is None else int(Place[place.upper()])
         found: list[ListedStream] = []
-        for session, driver in await self._links.all():
+        for driver in await self._links.all():
             cursor = -1  # 0 begins a list, and ends one
             while cursor:
-                page, cursor = await driver.wait(session.list_streams(max(cursor, 0), _PAGE, number, prefix))
+                page, cursor = await driver.wait(driver.session.list_streams(max(cursor, 0), _PAGE, number, prefix))
                 found += page
         return found
 
@@ -677,34 +669,33 @@ class AsyncClient:
             Refused: NOT_ALLOWED without the role of an operator.
         """
         missing, names = list[str](), good_names(names)
-        for (session, driver), _, own in await self._links.of_streams(names):
+        for driver, _, own in await self._links.of_streams(names):
             for first in range(0, len(own), _PAGE):
                 page = own[first : first + _PAGE]
-                for failure in await driver.wait(session.remove(page, park)):
+                for failure in await driver.wait(driver.session.remove(page, park)):
                     if failure.code not in (Code.UNKNOWN_STREAM, Code.EXPIRED):
                         raise StreamRefused(failure.code, failure.sentence, page[failure.column])
                     missing.append(page[failure.column])
         return missing
 
     async def _ask_all(self, ask: Callable[[Session], Call[R]]) -> list[R]:
-        asked = [(link, ask(link.session)) for link in await self._links.all()]
-        await all_of(asked)
-        return [call.result() for _, call in asked]
+        return _results(await all_of((driver, ask(driver.session)) for driver in await self._links.all()))
 
     async def list_models(self) -> list[ServedModel]:
         """The models of the server, beginning with the default; of a cluster, with the sums over all shards."""
         found: dict[str, ServedModel] = {}
-        by_shard: list[list[ServedModel]] = await self._ask_all(lambda session: session.models())
-        for model in chain.from_iterable(by_shard):
-            former = found.get(model.name, model._replace(streams=0, connections=0, frames=0))
-            sums = {name: getattr(former, name) + getattr(model, name) for name in ("streams", "connections", "frames")}
-            found[model.name] = model._replace(**sums)
+        for models in await self._ask_all(Session.models):
+            for model in models:
+                if (other := found.get(model.name)) is not None:
+                    sums = {key: getattr(model, key) + getattr(other, key) for key in _SUMMED}
+                    model = model._replace(**sums)
+                found[model.name] = model
         return list(found.values())
 
     async def ping(self) -> float:
         """The time of a round trip to the server, in seconds; of a cluster, to the one connected first."""
-        session, driver = await self._links.of_shard(self._links.first.session.shard)
-        return await driver.wait(session.ping(time.monotonic()))
+        driver = await self._links.of_shard(self._links.first.session.shard)
+        return await driver.wait(driver.session.ping(time.monotonic()))
 
     async def stats(self) -> dict[str, float]:
         """The server's numbers for this client's model, by name, and `loop_lag_s`.
@@ -723,4 +714,4 @@ class AsyncClient:
             for name, value in shard.items():
                 among = min if name in _LEAST else max if _LARGEST.search(name) else add
                 numbers[name] = among(numbers[name], value) if name in numbers else value
-        return numbers | {"loop_lag_s": self._links.first.driver.loop_lag_s}
+        return numbers | {"loop_lag_s": self._links.first.loop_lag_s}

@@ -67,7 +67,7 @@ class Driver:
     """
 
     def __init__(self, session: Session, keys: ClientKeys | None = None, farewell_s: float = FAREWELL_S) -> None:
-        self._session = session
+        self.session = session
         self._keys = keys
         self._monitor: zmq.Socket[bytes] | None = None
         """Tells of handshakes that fail, until there is a connection."""
@@ -102,7 +102,7 @@ class Driver:
             self.begin()
             if not wait:
                 looking = self._loop.create_task(self._look())
-            await self.wait(self._session.greeting)
+            await self.wait(self.session.greeting)
         except BaseException:
             await self.stop()
             raise
@@ -126,7 +126,7 @@ class Driver:
 
         May be called twice.
         """
-        close_all = self._session.leave(park)
+        close_all = self.session.leave(park)
         if self._stopped:
             return
         self._stopped = True
@@ -162,7 +162,7 @@ class Driver:
         try:
             await waiter
         except asyncio.CancelledError:
-            self._session.cancel(call)
+            self.session.cancel(call)
             self.wake()
             raise
 
@@ -186,7 +186,7 @@ class Driver:
     async def _look(self) -> None:
         """Fail if nothing listens at the endpoint or its host is unknown. A later connection is waited for."""
         await asyncio.sleep(_FIRST_LOOK_S)
-        endpoint = self._session.endpoint
+        endpoint = self.session.endpoint
         error: type[ConnectionFailed] = ConnectionRefused
         why = f"nothing listens at {endpoint}: start a server there, or correct the endpoint"
         try:
@@ -194,12 +194,12 @@ class Driver:
                 return
         except ConnectionFailed as unknown:
             error, why = ConnectionFailed, str(unknown)
-        if not self._session.greeting.done:
-            self._session.fail(error, why)
+        if not self.session.greeting.done:
+            self.session.fail(error, why)
             self.wake()
 
     def _connect(self) -> None:
-        self.socket, self._monitor = self._sockets.connect(self._loop, self._session.endpoint, self._keys)
+        self.socket, self._monitor = self._sockets.connect(self._loop, self.session.endpoint, self._keys)
         self._loop.add_reader(self.socket.fileno(), self.receive)
         self._loop.add_reader(self._monitor.fileno(), self._on_handshake_failed)
         self._on_handshake_failed()  # a socket signals only what comes after it was found empty
@@ -207,8 +207,8 @@ class Driver:
     def _on_handshake_failed(self) -> None:
         while self._monitor is not None and wire.ready(self._monitor):
             event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
-            why, is_final = _why_handshake_failed(event["event"], event["value"], self._keys, self._session.endpoint)
-            self._session.handshake_failed(why, is_final=is_final)
+            why, is_final = _why_handshake_failed(event["event"], event["value"], self._keys, self.session.endpoint)
+            self.session.handshake_failed(why, is_final=is_final)
         self.wake()
 
     def _end_monitor(self, socket: zmq.Socket[bytes]) -> None:
@@ -229,13 +229,13 @@ class Driver:
         try:
             self._connect()
         except ConnectionFailed as error:
-            self._session.fail(ConnectionFailed, str(error))
+            self.session.fail(ConnectionFailed, str(error))
         else:
             self._close(former)
 
     def receive(self, at_most: int = 1) -> None:
         """Process messages, and have the session act once the tasks that they wake have had their turn."""
-        socket, session = self.socket, self._session
+        socket, session = self.socket, self.session
         if socket is None:
             return
         try:
@@ -262,7 +262,7 @@ class Driver:
         self._asked = 0
         if self.socket is None:
             return
-        session = self._session
+        session = self.session
         try:
             now = time.monotonic()
             session.advance(now)
@@ -293,10 +293,10 @@ class Driver:
     def _fail(self, error: Exception) -> None:
         # a bug of the client must not leave its callers waiting for ever
         _log.error("the client failed", exc_info=error)
-        self._session.fail(ConnectionFailed, f"the client failed and gave the connection up: {error!r}")
+        self.session.fail(ConnectionFailed, f"the client failed and gave the connection up: {error!r}")
 
     def _wake_tasks(self) -> None:
-        for whom in self._session.outbox.take_woken():
+        for whom in self.session.outbox.take_woken():
             waiter = whom.waiter
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
@@ -311,7 +311,7 @@ class Driver:
             pass  # the socket signals when there is room again
 
     def _set_timer(self, now: float) -> None:
-        deadline = self._session.deadline()
+        deadline = self.session.deadline()
         if deadline is not None and (self._timer is None or deadline < self._timer_at):
             if self._timer is not None:
                 self._timer.cancel()

@@ -333,15 +333,7 @@ class Session:
     def step(
         self, handle: StreamHandle, x: npt.ArrayLike, rows: npt.ArrayLike | None = None, keep: bool = False
     ) -> StepCall:
-        """Send frames of a handle's streams; see `prepare_step`."""
-        call = self.prepare_step(handle, x, rows, keep)
-        self.queue.submit(call)
-        return call
-
-    def prepare_step(
-        self, handle: StreamHandle, x: npt.ArrayLike, rows: npt.ArrayLike | None = None, keep: bool = False
-    ) -> StepCall:
-        """Make a call for `queue.submit`; with `keep` the outputs wait to be taken with `take`.
+        """Send frames of a handle's streams; with `keep` the outputs wait to be taken with `take`.
 
         A handle of one stream takes [features] or [T, features]; a group [N, features] or [T, N, features], where N is
         the number of `rows`, or of all its streams.
@@ -359,7 +351,9 @@ class Session:
             frames, prefix = arguments.group_frames(x, len(table_rows), info.features)
         if handle.has_ended:
             self.table.check_not_ended(table_rows)
-        return StepCall(self.queue, handle, table_rows, frames, (*prefix, info.outputs), self.table.stamp(), keep)
+        call = StepCall(self.queue, handle, table_rows, frames, (*prefix, info.outputs), self.table.stamp(), keep)
+        self.queue.submit(call)
+        return call
 
     def finish(self, handle: StreamHandle) -> None:
         """Send nothing more; outputs end after those of frames sent with `keep`."""
