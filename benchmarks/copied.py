@@ -86,8 +86,9 @@ class CopiedServer:
         self._commands = [["directory", *self._store]]
         for name, own in self._nodes.items():
             (folder / name).mkdir()
-            place = ["--record", str(folder / name), "--endpoint", f"tcp://127.0.0.1:{own}", "--http", "off"]
-            about = ["--directory", self._directory, "--name", name, "--device", "cpu"]
+            place = ["--record", str(folder / name), "--endpoint", f"tcp://127.0.0.1:{own}"]
+            settings = ["--set", "http.endpoint=off", "--set", "engine.device=cpu"]
+            about = ["--directory", self._directory, "--name", name, *settings]
             self._commands.append(["agent", str(model), *place, *about])
         self._processes: list[subprocess.Popen[bytes]] = []
         self._caller = Caller(f"tcp://{self._directory}")

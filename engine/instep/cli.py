@@ -6,9 +6,10 @@ import inspect
 import json as jsonlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,9 +142,10 @@ def _parse_settings(settings: Sequence[str]) -> dict[str, str]:
     return flags
 
 
-def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's first parameter, a `Given`, by the options it is made from."""
-    shared = inspect.signature(_given, eval_str=True).parameters
+def takes_settings(command: Callable[..., None], without: Collection[str] = ()) -> Callable[..., None]:
+    """Replace a command's first parameter, a `Given`, by the options it is made from, `without` some of them."""
+    given = inspect.signature(_given, eval_str=True).parameters
+    shared = {name: each for name, each in given.items() if name not in without}
 
     def run(**values: Any) -> None:
         given = _given(**{name: values.pop(name) for name in shared})
@@ -220,7 +222,7 @@ def serve(
         "instep cluster up /srv/ears --on ray --shards 12 --record /var/lib/instep",
     ]
 )
-@takes_settings
+@partial(takes_settings, without=("demo", "endpoint", "http", "device", "verify_live"))
 def up(
     given: Given,
     *,
@@ -231,9 +233,9 @@ def up(
 ) -> None:
     """Begin a cluster: the directory on Ray's head, and an agent on each node that has the resource `instep`.
 
-    Takes the options of `instep serve`; folders and files are those of the nodes, and each node records in the folder
-    of its name in that of --record. Nodes that join later get an agent, too. Exit status 0: it has begun, and `instep
-    cluster status --on ray` shows when every shard is served. 2: it has not.
+    Folders and files are those of the nodes, and each node records in the folder of its name in that of --record. Nodes
+    that join later get an agent, too. Exit status 0: it has begun, and `instep cluster status --on ray` shows when
+    every shard is served. 2: it has not.
     """
     from instep.cluster.ray import up
     from instep.config import load_config
@@ -277,7 +279,7 @@ def directory(
         "instep cluster agent my-model --record data --endpoint tcp://10.0.0.2:5757",
     ]
 )
-@takes_settings
+@partial(takes_settings, without=("demo", "http", "device", "verify_live"))
 def agent(
     given: Given,
     *,
@@ -287,9 +289,9 @@ def agent(
 ) -> None:
     """Run the agent of a node: it starts the servers and copies that the directory wants here.
 
-    Takes the options of `instep serve`. Shard k listens at the port of --endpoint + k, and takes copies at that port +
-    the number of shards. Ctrl-C and SIGTERM end its servers in order; SIGHUP reloads their configuration. Exit status
-    0: it was stopped. 1: a shard failed again and again. 2: it could not start.
+    Shard k listens at the port of --endpoint + k, and takes copies at that port + the number of shards. Ctrl-C and
+    SIGTERM end its servers in order; SIGHUP reloads their configuration. Exit status 0: it was stopped. 1: a shard
+    failed again and again. 2: it could not start.
     """
     from instep.config import load_config
 

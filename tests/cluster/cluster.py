@@ -51,7 +51,7 @@ class ClusterNode:
         self.folder.mkdir(exist_ok=True)
         command = [
             *("cluster", "agent", str(self._cluster.folder / "model"), "--record", str(self.folder)),
-            *("--endpoint", f"tcp://127.0.0.1:{self.port}", "--http", self.http, "--name", self.name),
+            *("--endpoint", f"tcp://127.0.0.1:{self.port}", "--set", f"http.endpoint={self.http}", "--name", self.name),
             *("--directory", self._cluster.directory, "--set", "recording.recovery_target_s=0.05"),
             *("--set", "cluster.copy_timeout_s=1", *self._cluster.arguments_of(self.name)),
         ]

@@ -22,10 +22,10 @@ PLAIN = ("--set", "transport.allow_plaintext=true")
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--demo", "--record", "r"), "transport.allow_plaintext"),
+        (("model", "--record", "r"), "transport.allow_plaintext"),
         ((*PLAIN, "--record", "r"), "--record"),
-        ((*PLAIN, "--demo"), "--record"),
-        ((*PLAIN, "--demo", "--record", "r"), "instep[cluster]"),
+        ((*PLAIN, "model"), "--record"),
+        ((*PLAIN, "model", "--record", "r"), "instep[cluster]"),
     ],
     ids=["keys", "model", "recordings", "ray"],
 )
@@ -51,9 +51,7 @@ async def test_programs_actors_and_nodes_end_and_no_output_is_lost(tmp_path: Pat
             cluster.kill_directory()
             await load.progress()
             await cluster.until_whole()
-            status = await asyncio.to_thread(cluster.run, "status")
-            assert status.returncode == 0
-            assert "n0" in status.stderr
+            assert (await asyncio.to_thread(cluster.run, "status")).returncode == 0
 
             cluster.kill_actor(cluster.nodes[1].processes(), "agent")
             await load.progress()

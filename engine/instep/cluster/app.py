@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from functools import partial
+import os
 from typing import Annotated, Any, Final, Literal
 
 import typer
 
-from instep_tools.command_line import CommandLine, KeyFile, ServerKey, parameter, typed_as
+from instep_tools.command_line import CommandLine, KeyFile, ServerKey
 
 DIRECTORY_ENDPOINT: Final = "127.0.0.1:5750"
 
@@ -26,37 +24,17 @@ Started = Annotated[
     typer.Option("--on", help="Find the directory of `instep cluster up`, instead of --directory."),
 ]
 
-Ask = Callable[..., Any]
-"""Asks the directory, and returns its answer."""
 
-
-def asks_directory(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace a command's first parameter, an `Ask`, by the options that it needs."""
-
-    def run(directory: str, on: str | None, key_file: str, server_key: str, **own: Any) -> None:
-        if on == "ray":
-            from instep.cluster.ray import find_directory
-            from instep_tools.terminal import Terminal
-
-            directory, problems = find_directory()
-            for sentence in problems:
-                Terminal(False).error(sentence)
-        command(partial(_ask, directory, key_file, server_key), **own)
-
-    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-    options = [
-        parameter("directory", DIRECTORY_ENDPOINT, DirectoryAt),
-        parameter("on", None, Started),
-        parameter("key_file", "", KeyFile),
-        parameter("server_key", "", ServerKey),
-    ]
-    return typed_as(run, command, [*own, *options])
+@app.callback()
+def _set_keys(key_file: KeyFile = None, server_key: ServerKey = None) -> None:
+    given = {"INSTEP_KEY_FILE": key_file, "INSTEP_SERVER_KEY": server_key}
+    os.environ |= {name: value for name, value in given.items() if value}
 
 
 @app.command(examples=["instep cluster status", "instep cluster status --directory 10.0.0.1:5750 --json"])
-@asks_directory
 def status(
-    ask: Ask,
+    directory: DirectoryAt = DIRECTORY_ENDPOINT,
+    on: Started = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Show where every shard is served, where its copy is, and what is wrong.
@@ -65,89 +43,81 @@ def status(
     """
     from instep_tools.terminal import Terminal
 
-    found, terminal = ask("status"), Terminal(json)
+    if on == "ray":
+        from instep.cluster.ray import find_directory
+
+        directory = find_directory()
+    found, terminal = _ask(directory, "status"), Terminal(json)
     if json:
         terminal.result(found)
     else:
         if found["problem"]:
             terminal.error(found["problem"])
         shards = [
-            (str(each["shard"]), str(each["term"]), each["server"], each["copy"] or _wanted(each), _note(each))
+            (str(each["shard"]), str(each["term"]), each["server"], each["copy"] or _joining(each), _shard_state(each))
             for each in found["shards"]
         ]
         terminal.table(("shard", "term", "server", "copy", ""), shards, slice(2))
         terminal.say("")
         nodes = [
-            (each["node"], each["address"], str(each["servers"]), str(each["copies"]), _state(each))
+            (each["node"], each["address"], str(each["servers"]), str(each["copies"]), _node_state(each))
             for each in found["nodes"]
         ]
         terminal.table(("node", "address", "servers", "copies", ""), nodes, slice(2, 4))
     raise typer.Exit(int(any(shard["problem"] for shard in found["shards"])))
 
 
-def _wanted(shard: dict[str, Any]) -> str:
+def _joining(shard: dict[str, Any]) -> str:
     return f"({shard['joining']})" if shard["joining"] else ""
 
 
-def _note(shard: dict[str, Any]) -> str:
-    alone = f"without a copy for {shard['alone_s']:.0f} s" if shard["alone_s"] >= 1 else ""
+def _shard_state(shard: dict[str, Any]) -> str:
     target = f"moves to {shard['target']}" if shard["target"] else ""
-    return shard["problem"] or "; ".join(filter(None, (target, alone)))
+    alone = f"without a copy for {shard['alone_s']:.0f} s" if shard["alone_s"] >= 1 else ""
+    return shard["problem"] or "; ".join(filter(None, (shard["endpoint"], target, alone)))
 
 
-def _state(node: dict[str, Any]) -> str:
+def _node_state(node: dict[str, Any]) -> str:
     return ", ".join([*(["lost"] if not node["alive"] else []), *(["drained"] if node["drained"] else [])])
 
 
 @app.command(examples=["instep cluster move 3 n2"])
-@asks_directory
-def move(
-    ask: Ask,
-    shard: ShardNumber,
-    node: Node,
-) -> None:
+def move(shard: ShardNumber, node: Node, directory: DirectoryAt = DIRECTORY_ENDPOINT) -> None:
     """Have another node serve a shard, without losing a frame: its streams wait for about half a second.
 
     Exit status 0: the move has begun, see `instep cluster status`. 2: it is not possible.
     """
-    ask("move", shard, node)
+    _ask(directory, "move", shard, node)
     typer.echo(f"shard {shard} moves to {node}: see instep cluster status")
 
 
 @app.command(examples=["instep cluster drain n2"])
-@asks_directory
-def drain(ask: Ask, node: Node) -> None:
+def drain(node: Node, directory: DirectoryAt = DIRECTORY_ENDPOINT) -> None:
     """Move all servers and copies away from a node, one after another, so that it can be stopped.
 
     Exit status 0: it has begun; `instep cluster status` shows when nothing is left. 2: there is no such node.
     """
-    ask("drain", node)
+    _ask(directory, "drain", node)
     typer.echo(f"{node} is being drained: see instep cluster status")
 
 
 @app.command(examples=["instep cluster undrain n2"])
-@asks_directory
-def undrain(ask: Ask, node: Node) -> None:
+def undrain(node: Node, directory: DirectoryAt = DIRECTORY_ENDPOINT) -> None:
     """Use a node again after `instep cluster drain`.
 
     Exit status 0: done. 2: it is not drained.
     """
-    ask("undrain", node)
+    _ask(directory, "undrain", node)
 
 
 @app.command("accept-loss", examples=["instep cluster accept-loss 3 n2"])
-@asks_directory
-def accept_loss(
-    ask: Ask,
-    shard: ShardNumber,
-    node: Node,
-) -> None:
+def accept_loss(shard: ShardNumber, node: Node, directory: DirectoryAt = DIRECTORY_ENDPOINT) -> None:
     """Serve a shard whose server and copy are both lost from what a node has of it, which may be older or nothing.
 
     End the agents of the lost nodes first: a server that is only cut off would go on. Streams whose newest frames are
     lost get DATA_LOSS. Exit status 0: done. 2: it is not needed, or not possible.
     """
-    ask("accept_loss", shard, node)
+    _ask(directory, "accept_loss", shard, node)
 
 
 @app.command(examples=["instep cluster down --on ray"])
@@ -161,20 +131,19 @@ def down(on: OnEngine) -> None:
     down()
 
 
-def _ask(directory: str, key_file: str, server_key: str, verb: str, *arguments: Any) -> Any:
+def _ask(directory: str, verb: str, *arguments: Any) -> Any:
     from instep.cluster.talk import Caller, NoAnswer, Rejected
     from instep_client.key_files import read_client_keys
     from instep_tools.problems import CommandProblem
 
     directory = directory.removeprefix("tcp://")
-    caller = Caller(f"tcp://{directory}", read_client_keys(key_file, server_key))
+    keys = read_client_keys(None, None)
+    caller = Caller(f"tcp://{directory}", keys)
     try:
         return caller.ask(verb, *arguments, within_s=3.0)
     except NoAnswer:
-        keys = (
-            ", or --server-key is not its public key" if key_file else ", or has keys: give --key-file and --server-key"
-        )
-        raise CommandProblem(f"the directory at {directory} does not answer{keys}") from None
+        helps = "--server-key is not its public key" if keys else "it has keys: give --key-file and --server-key"
+        raise CommandProblem(f"the directory at {directory} does not answer, or {helps}") from None
     except Rejected as error:
         raise CommandProblem(str(error)) from None
     finally:
