@@ -261,7 +261,7 @@ class Directory:
     def restart(self) -> None:
         self.process.is_alive = False
         stored = self.kept if Rule.STORED not in self.world.broken else {}
-        settings = {"dead_s": DEAD_S, "min_nodes": len(self.world.nodes), "adopt": self.adopt, **self.world.settings}
+        settings = {"dead_s": DEAD_S, "adopt": self.adopt, **self.world.settings}
         self.rules = Assignments(self.world.shards, self._store, stored, **settings)
         self.fails_until = 0.0
         self.process = Process(self.world.clock, self.machine)

@@ -203,7 +203,7 @@ async def test_a_shard_that_is_lost_is_not_begun_anew_by_itself(tmp_path: Path) 
 def test_a_process_that_does_not_read_is_told_again() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        process = NodeProcess(0, ours, ShardRole(0, 1, True, "", "", False, False, 0, True, False))
+        process = NodeProcess(0, ours, ShardRole(0, 1))
         while process.tell(["a long table" * 1000]):
             pass
         assert received(theirs)

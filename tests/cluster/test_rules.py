@@ -293,7 +293,7 @@ def test_a_recording_that_is_gone_is_never_begun_anew_by_itself() -> None:
     cluster.rules.gone(0, term + 1)
     cluster.run(1.0, silent="abc")
     assert cluster.rules.shards[0].begun
-    assert copy in cluster.rules.status()[0].problem
+    assert copy in cluster.rules.status()[0]["problem"]
     cluster.reports_of(server, has={0: (term, 70)})
     cluster.run(0.1, silent=copy)
     with refused("OLDER", server):
@@ -320,7 +320,7 @@ def test_a_directory_whose_store_is_lost_adopts_the_newest_recordings() -> None:
         lost.reports_of(name, has=found)
     lost.run()
     assert [term for term, _, _ in lost.places()] == [0, 0]
-    assert "--adopt" in lost.rules.status()[0].problem
+    assert "--adopt" in lost.rules.status()[0]["problem"]
     again = Cluster(adopt=("a", "b"))
     again.reports = lost.reports
     again.run(silent="b")
@@ -351,13 +351,12 @@ def test_nodes_that_compute_other_bits_hold_copies_and_do_not_serve() -> None:
     assert {(server, copy) for _, server, copy in cluster.places()} == {("a", "g")}
     cluster.run(silent="ab")
     assert all(server == "a" for _, server, _ in cluster.places())
-    assert all("other bits" in each.problem for each in cluster.rules.status())
+    assert all("other bits" in each["problem"] for each in cluster.rules.status())
 
 
 def test_numerics_may_change_where_that_is_accepted() -> None:
     cluster = Cluster(shards=1, nodes="a", accept_numerics_change=True)
     cluster.reports_of("a", numerics="cpu")
-    cluster.run()
     cluster.reports_of("g", numerics="cuda")
     cluster.run()
     cluster.run(silent="a")
@@ -388,7 +387,7 @@ def test_a_cluster_without_copies_waits_for_lost_nodes_and_moves_shards() -> Non
     before = cluster.places()
     cluster.run(silent="a")
     assert cluster.places() == before
-    assert "a" in next(each.problem for each in cluster.rules.status() if each.assignment.server == "a")
+    assert "a" in next(each["problem"] for each in cluster.rules.status() if each["server"] == "a")
     cluster.run()
     cluster.rules.drain("a")
     cluster.run(60.0)
@@ -397,10 +396,10 @@ def test_a_cluster_without_copies_waits_for_lost_nodes_and_moves_shards() -> Non
 
 def test_status_says_how_long_a_shard_has_been_alone() -> None:
     cluster = running(shards=1, nodes="ab", needs_copy=True)
-    assert cluster.rules.status()[0].alone_s == 0.0
+    assert cluster.rules.status()[0]["alone_s"] == 0.0
     assert cluster.rules.roles(cluster.places()[0][1])[0].needs_copy
     copy = cluster.places()[0][2]
     cluster.run(20.0, silent=copy)
     status = cluster.rules.status()[0]
-    assert status.alone_s == pytest.approx(20.0, abs=0.5)
-    assert copy in status.assignment.event
+    assert status["alone_s"] == pytest.approx(20.0, abs=0.5)
+    assert copy in status["event"]

@@ -52,7 +52,7 @@ _VERSION: Final = 1
 """Of the messages between nodes."""
 _LOOK_EVERY_S: Final = 0.1
 _MOST_BYTES: Final = 2**21
-_HELPS: Final = ShardRole(-1, 0, False, "", "", False, False, 0, False, False)
+_HELPS: Final = ShardRole(-1, 0)
 """The role of the process that talks to the directory, and of the admin server."""
 
 

@@ -117,7 +117,7 @@ class CopiedShard:
         self._directory, self._call, self._durability = directory, call, durability
         self._log, self._timeout_s = log, timeout_s
         self._roles: queue.SimpleQueue[ShardRole] = queue.SimpleQueue()
-        self._role = ShardRole(shard.number, shard.term, True, "", "", False, False, 0, False, False)
+        self._role = ShardRole(shard.number, shard.term)
         """With the newest attempt."""
         self._changed = threading.Condition()
         """Held while a transaction is committed, here and there, and while what follows changes."""

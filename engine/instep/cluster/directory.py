@@ -193,10 +193,7 @@ class Directory:
         return self._news(report.name) if told != self._version else None
 
     def _status(self) -> dict[str, Any]:
-        shards: list[dict[str, Any]] = []
-        for shard, each in enumerate(self._rules.status()):
-            others = {"endpoint": each.endpoint, "alone_s": each.alone_s, "problem": each.problem}
-            shards.append({"shard": shard, **each.assignment._asdict(), **others})
+        shards = self._rules.status()
         servers = Counter(each["server"] for each in shards)
         copies = Counter(each["copy"] or each["joining"] for each in shards)
         nodes = [
@@ -254,7 +251,6 @@ def make_directory(
             store.rows,
             copies=copies,
             dead_s=config.cluster.dead_s,
-            min_nodes=1 + copies,
             needs_copy=config.cluster.needs_copy,
             accept_numerics_change=config.cluster.accept_numerics_change,
             adopt=adopt,

@@ -68,34 +68,22 @@ class ShardRole(NamedTuple):
 
     shard: int
     term: int
-    is_server: bool
-    other: str
+    is_server: bool = False
+    other: str = ""
     """The node to which a copy is being made, or else the node whose copy counts; empty if there is neither."""
-    address: str
+    address: str = ""
     """Where that node takes copies; empty while the directory has not heard it."""
-    counts: bool
+    counts: bool = False
     """Whether that copy counts. While another one is being made, the server keeps the one that it has."""
-    ends: bool
+    ends: bool = False
     """Whether the server is to end in order, because its copy takes its place."""
-    attempt: int
+    attempt: int = 0
     """The attempt that makes, or has made, that copy. A server follows only a higher one than before."""
-    begun: bool
+    begun: bool = False
     """If not, this is the first server of the shard, which creates the recording. Otherwise the recording must exist:
     a node that does not have it says `gone`, and starts no server."""
-    needs_copy: bool
+    needs_copy: bool = False
     """Whether the server answers nothing while no copy counts."""
-
-
-class ShardStatus(NamedTuple):
-    """One shard, for people."""
-
-    assignment: Assignment
-    endpoint: str
-    """Empty while nobody serves the shard."""
-    alone_s: float
-    """Seconds for which this directory has known no copy that counts; 0 if one does, or none is wanted."""
-    problem: str
-    """Why the shard is not served, and what helps; empty if it is."""
 
 
 class NodeReport(NamedTuple):
@@ -140,8 +128,6 @@ class Assignments:
     """0 or 1."""
     dead_s: float = 3.0
     """A node that was not heard for so long is lost."""
-    min_nodes: int = 1
-    """The first servers are chosen when this number of nodes is there."""
     needs_copy: bool = False
     accept_numerics_change: bool = False
     adopt: Collection[str] = ()
@@ -154,10 +140,9 @@ class Assignments:
     _patient_until: float = 0.0
     _balances: bool = True
     """Not after an operator's move, until a node comes, or is drained or used again."""
-    _endpoints: dict[int, tuple[int, str]] = field(default_factory=dict)
-    _gone: set[tuple[int, int]] = field(default_factory=set)
+    _gone: set[int] = field(default_factory=set)
+    """The shards whose servers have lost their recordings, or cannot start."""
     _alone_since: dict[int, float] = field(default_factory=dict)
-    _roles: tuple[int, dict[str, list[ShardRole]]] = (-1, {})
 
     def __post_init__(self, stored: Mapping[str, Mapping[str, Any]]) -> None:
         count = stored.get("cluster", {}).get("shards", self.count)
@@ -166,6 +151,7 @@ class Assignments:
         if "cluster" not in stored:
             self.store("cluster", {"shards": count})
         self.shards = [Assignment(**stored.get(f"shard-{shard}", {})) for shard in range(count)]
+        self._endpoints = [""] * count
         self.drained = frozenset[str](stored.get("drained", {}).get("nodes", ()))
 
     # What agents say.
@@ -187,17 +173,15 @@ class Assignments:
             if term > self._of(shard).term > 0:
                 raise ClusterRefused("OLD_STORE", f"{name} has term {term} of shard {shard}: the store is an old one")
         self._balances |= not self.is_alive(name)
-        if node is None:
-            node = self.nodes[name] = ClusterNode(report, now)
-            self.version += 1
-        self.version += node.report.address != address
+        self.version += node is None or node.report.address != address
+        node = self.nodes.setdefault(name, ClusterNode(report, now))
         node.report, node.heard_at = report, now
 
     def serves(self, shard: int, term: int, node: str, endpoint: str) -> None:
         """A server listens at `endpoint`."""
         view = self.shards[shard]
-        if (view.term, view.server) == (term, node) and self._endpoints.get(shard) != (term, endpoint):
-            self._endpoints[shard] = (term, endpoint)
+        if (view.term, view.server) == (term, node) and self._endpoints[shard] != endpoint:
+            self._endpoints[shard] = endpoint
             self.version += 1
 
     def ended(self, shard: int, term: int) -> None:
@@ -217,7 +201,7 @@ class Assignments:
         if self._can_take_over(view):
             self._begin_term(shard, view.copy, f"taken over from {view.server}, which cannot serve it")
         else:
-            self._gone.add((shard, term))
+            self._gone.add(shard)
 
     # What servers ask.
 
@@ -232,7 +216,7 @@ class Assignments:
         if view.copy or view.joining or not view.begun:
             attempt = view.attempt + 1
             self._change(shard, "begun", joining="", attempt=attempt, copy_attempt=attempt, begun=True)
-        self._gone.discard((shard, term))
+        self._gone.discard(shard)
         return self._server_role(shard)
 
     def attached(self, shard: int, term: int, attempt: int) -> bool:
@@ -261,7 +245,7 @@ class Assignments:
             target = "" if lost == view.target else view.target
             view = self._change(shard, f"lost the copy on {lost}", target=target, **left)
             # a server that begins, or for which another copy is being made, need not have found anything wrong
-            has_failed = is_joining or (self._endpoint(shard) and not view.joining)
+            has_failed = is_joining or (self._endpoints[shard] and not view.joining)
             if has_failed and (node := self.nodes.get(lost)):
                 node.avoid_until = self._now + min(2.0**node.failures, MAX_AVOID_S)
                 node.failures += 1
@@ -325,7 +309,7 @@ class Assignments:
         """
         view = self._of(shard)
         self._check_may_serve(node, shard)
-        if self.is_alive(view.server) and (shard, view.term) not in self._gone:
+        if self.is_alive(view.server) and shard not in self._gone:
             raise ClusterRefused("NOT_NEEDED", f"{view.server} has shard {shard}")
         if self._can_take_over(view):
             raise ClusterRefused("NOT_NEEDED", f"{view.copy} has all of shard {shard} and takes it over")
@@ -347,29 +331,36 @@ class Assignments:
         if now - self._decided_at > self.dead_s / 2:
             self._patient_until = now + self.dead_s  # at a start, and after a pause: nobody was heard meanwhile
         self._decided_at = now
-        is_new = not any(view.term for view in self.shards)
-        has_recordings = is_new and any(node.report.has for node in self.nodes.values())
-        if now < self._patient_until or not self.nodes.keys() >= {*self.adopt} or (has_recordings and not self.adopt):
+        alone = [shard for shard, view in enumerate(self.shards) if view.term and self.copies and not view.copy]
+        self._alone_since = {shard: self._alone_since.get(shard, now) for shard in alone}
+        may_have_lost_store = not self.adopt and self._has_only_recordings()
+        if now < self._patient_until or may_have_lost_store or not self.nodes.keys() >= {*self.adopt}:
             return
-        fit = sorted(name for name in self.nodes if self.is_alive(name) and name not in self.drained)
-        recent = [name for name in fit if now - self.nodes[name].heard_at <= self.dead_s / 3]
-        steady = [name for name in recent if self.nodes[name].avoid_until <= now]
+        steady = [
+            name
+            for name, node in sorted(self.nodes.items())
+            if now - node.heard_at <= self.dead_s / 3 and node.avoid_until <= now and name not in self.drained
+        ]
         servers = Counter(view.server for view in self.shards)
         copies = Counter(name for view in self.shards for name in (view.copy, view.joining))
         for shard, view in enumerate(self.shards):
             if view.term:
                 self._keep(shard, steady, copies)
             else:
-                self._place(shard, fit, servers)
-        served = (view for shard, view in enumerate(self.shards) if self._endpoint(shard))
-        if self._balances and recent == fit and not any(view.joining or view.target for view in served):
-            self._balance(steady, servers, copies)
+                self._place(shard, steady, servers)
+        served = [k for k, view in enumerate(self.shards) if self._endpoints[k] and self.is_alive(view.server)]
+        if self._balances and not any(self.shards[k].joining or self.shards[k].target for k in served):
+            self._balance(served, steady, servers, copies)
 
-    def _place(self, shard: int, fit: list[str], servers: Counter[str]) -> None:
+    def _has_only_recordings(self) -> bool:
+        """Whether nodes have recordings and the store has none of them."""
+        return any(node.report.has for node in self.nodes.values()) and not any(view.term for view in self.shards)
+
+    def _place(self, shard: int, steady: list[str], servers: Counter[str]) -> None:
         """Give a shard its first server; with `adopt`, that is the node with its newest recording."""
-        (term, _), node = self._newest(shard, self.nodes) if self.adopt else ((0, 0), "")
-        if not node and len(fit) >= max(1, self.min_nodes):
-            node = min(fit, key=lambda name: servers[name])
+        (term, _), node = self._newest(shard, self.nodes if self.adopt else ())
+        if not node and len(steady) > self.copies:
+            node = self._best(self.shards[shard], steady, servers)
         if node:
             self._begin_term(shard, node, "adopted" if term else "placed", term + 1, begun=bool(self.adopt))
             servers[node] += 1
@@ -377,41 +368,47 @@ class Assignments:
     def _keep(self, shard: int, steady: list[str], copies: Counter[str]) -> None:
         """See to it that a shard has a server and a copy."""
         view = self.shards[shard]
-        if view.joining and not self.is_alive(view.joining):
-            view = self._change(shard, f"gave up the copy on {view.joining}, which is lost", joining="")
-        if view.target and not self.is_alive(view.target):
-            view = self._change(shard, f"gave up the move to {view.target}, which is lost", target="")
+        for kind, node in (("joining", view.joining), ("target", view.target)):
+            if node and not self.is_alive(node):
+                view = self._change(shard, f"gave up {node}, which is lost", **{kind: ""})
         if not self.is_alive(view.server):
             if self._can_take_over(view):
                 self._begin_term(shard, view.copy, f"taken over from {view.server}, which is lost")
         elif view.target and view.target not in (view.copy, view.joining):
             self._join(shard, view.target, copies)
         elif self.copies and not view.copy and not view.joining:
-            others = [name for name in steady if name != view.server]
-            if others:  # preferably one that could serve the shard
-                self._join(shard, min(others, key=lambda to: (not self._may_serve(to, view), copies[to])), copies)
+            node = self._best(view, [name for name in steady if name != view.server], copies)
+            if node:
+                self._join(shard, node, copies)
 
-    def _balance(self, steady: list[str], servers: Counter[str], copies: Counter[str]) -> None:
+    def _balance(self, served: list[int], steady: list[str], servers: Counter[str], copies: Counter[str]) -> None:
         """Move one server or one copy: away from a drained node, or to a node that has at least two fewer."""
-        for is_server, counts in ((True, servers), (False, copies)):
+        for kind, counts in (("server", servers), ("copy", copies)):
+            holders = {shard: getattr(self.shards[shard], kind) for shard in served}
             least = min((counts[name] for name in steady), default=0)
-            holders = [view.server if is_server else view.copy for view in self.shards]
-            for shard in sorted(range(self.count), key=lambda shard: holders[shard] not in self.drained):
+            for shard in sorted(served, key=lambda shard: holders[shard] not in self.drained):
                 view, holder = self.shards[shard], holders[shard]
-                most = self.count + 1 if holder in self.drained else counts[holder] - 1
-                is_busy = bool(view.joining or view.target)
-                if most <= least or is_busy or not self.is_alive(view.server) or not self.is_alive(holder):
+                most = inf if holder in self.drained else counts[holder] - 1
+                if most <= least or not self.is_alive(holder):
                     continue
                 to = [name for name in steady if counts[name] < most and name not in (holder, view.server)]
-                serving = [name for name in to if self._may_serve(name, view)]
-                if is_server and serving:
-                    node = view.copy if view.copy in serving else min(serving, key=lambda name: counts[name])
+                node = self._best(view, to, counts)
+                has_to_go = holder in self.drained or not self._may_serve(holder, view)
+                if not node or not (self._may_serve(node, view) or (kind == "copy" and has_to_go)):
+                    continue
+                if kind == "server":
                     self._change(shard, f"moves to {node}", target=node)
-                    return
-                to = to if holder in self.drained or not self._may_serve(holder, view) else []
-                if not is_server and (serving or to):
-                    self._join(shard, min(serving or to, key=lambda name: counts[name]), copies)
-                    return
+                else:
+                    self._join(shard, node, copies)
+                return
+
+    def _best(self, view: Assignment, names: Iterable[str], counts: Counter[str]) -> str:
+        """Preferably a node that may serve the shard, then the one that has its copy, then the one with the fewest."""
+
+        def rank(name: str) -> tuple[bool, bool, int]:
+            return not self._may_serve(name, view), name != view.copy, counts[name]
+
+        return min(names, key=rank, default="")
 
     def _may_serve(self, node: str, view: Assignment) -> bool:
         """Whether the node computes the same bits as the shard's servers so far."""
@@ -433,10 +430,6 @@ class Assignments:
         self.store(f"shard-{shard}", view._asdict())  # nothing is changed if this fails
         self.shards[shard] = view
         self.version += 1
-        if view.copy:
-            self._alone_since.pop(shard, None)
-        else:
-            self._alone_since.setdefault(shard, self._now)
         return view
 
     def _join(self, shard: int, node: str, copies: Counter[str]) -> None:
@@ -450,6 +443,8 @@ class Assignments:
         rest = {"copy": copy, "joining": "", "target": "", "numerics": self.nodes[node].report.numerics}
         term = term or self.shards[shard].term + 1
         self._change(shard, event, term=term, server=node, begun=begun, **rest)
+        self._endpoints[shard] = ""
+        self._gone.discard(shard)
 
     def _drain(self, nodes: frozenset[str]) -> None:
         self.store("drained", {"nodes": sorted(nodes)})
@@ -473,20 +468,15 @@ class Assignments:
 
     def roles(self, node: str) -> list[ShardRole]:
         """All that a node is to be."""
-        version, roles = self._roles
-        if version != self.version:
-            roles = {}
-            for shard, view in enumerate(self.shards):
-                role = self._server_role(shard)
-                if view.term:
-                    roles.setdefault(view.server, []).append(role)
-                for other, attempt in ((view.copy, view.copy_attempt), (view.joining, view.attempt)):
-                    if other:
-                        counts = other == view.copy
-                        copy = role._replace(is_server=False, other="", address="", counts=counts, attempt=attempt)
-                        roles.setdefault(other, []).append(copy._replace(ends=False))
-            self._roles = (self.version, roles)
-        return roles.get(node, [])
+        found = []
+        for shard, view in enumerate(self.shards):
+            if view.term and node == view.server:
+                found.append(self._server_role(shard))
+            elif view.term and node in (view.copy, view.joining):
+                counts = node == view.copy
+                attempt = view.copy_attempt if counts else view.attempt
+                found.append(ShardRole(shard, view.term, counts=counts, attempt=attempt, begun=view.begun))
+        return found
 
     def _server_role(self, shard: int) -> ShardRole:
         term, _, copy, copy_attempt, joining, attempt, target, begun, *_ = self.shards[shard]
@@ -497,33 +487,33 @@ class Assignments:
 
     def table(self) -> ShardTable:
         """Where clients find the shards; no endpoint while nobody serves one."""
-        terms = np.array([view.term for view in self.shards], np.uint64)
-        return ShardTable(terms, tuple(self._endpoint(shard) for shard in range(self.count)))
+        return ShardTable(np.array([view.term for view in self.shards], np.uint64), tuple(self._endpoints))
 
-    def _endpoint(self, shard: int) -> str:
-        term, endpoint = self._endpoints.get(shard, (0, ""))
-        return endpoint if term == self.shards[shard].term else ""
+    def status(self) -> list[dict[str, Any]]:
+        """The assignment of each shard with three more values, for people.
 
-    def status(self) -> list[ShardStatus]:
-        """Each shard, for people."""
+        * `endpoint`: empty while nobody serves the shard.
+        * `alone_s`: seconds for which this directory has known no copy that counts; 0 if one does, or none is wanted.
+        * `problem`: why the shard is not served, and what helps; empty if it is.
+        """
         found = []
         for shard, view in enumerate(self.shards):
-            is_alone = view.term and self.copies and not view.copy
-            alone_s = self._now - self._alone_since.setdefault(shard, self._now) if is_alone else 0.0
-            found.append(ShardStatus(view, self._endpoint(shard), alone_s, self._problem(shard)))
+            alone_s = self._now - self._alone_since.get(shard, self._now)
+            about = {"endpoint": self._endpoints[shard], "alone_s": alone_s, "problem": self._problem(shard)}
+            found.append({"shard": shard, **view._asdict(), **about})
         return found
 
     def _problem(self, shard: int) -> str:
         view = self.shards[shard]
-        if not view.term and any(node.report.has for node in self.nodes.values()):
+        if self._has_only_recordings():
             return "nodes have recordings, and the directory's store is empty: start it with --adopt NODE,…"
         if not view.term:
-            return f"the cluster begins when {self.min_nodes} nodes are there"
-        if (shard, view.term) in self._gone:
+            return f"the cluster begins when {1 + self.copies} nodes are there"
+        if shard in self._gone:
             helps = f"bring {view.copy} back" if view.copy else "use accept-loss"
             return f"{view.server} has lost its recording or cannot start: see the log there, or {helps}"
         if self.is_alive(view.server):
-            return "" if self._endpoint(shard) else f"starts on {view.server}: see the log there"
+            return "" if self._endpoints[shard] else f"starts on {view.server}: see the log there"
         if self.is_alive(view.copy) and not self._may_serve(view.copy, view):
             return f"waits for {view.server}: {view.copy}, which has its copy, computes other bits"
         return f"waits for {view.server}" + (f" or {view.copy}" if view.copy else "")
