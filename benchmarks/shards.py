@@ -27,6 +27,7 @@ from benchmarks.rows import TIMESTEPS
 from instep import interrupts
 from instep.cluster.shards import run as run_shards
 from instep.config import Config
+from instep.server import assembly
 from instep.server.serve import run as run_server
 from instep_client.protocol.wire import shard_of
 
@@ -178,7 +179,9 @@ def serve(folder: str, endpoint: str, count: int, in_loops: bool) -> int:
     config = Config.model_validate({**sections, "engine": {"device": "cpu"}, "log": {"level": "error"}})
     if count == 1:
         return run_server(config)
-    return run_shards(config, count, reread=lambda: config, steps_apart=False if in_loops else None)
+    if in_loops:
+        setattr(assembly, "steps_in_process", lambda device: False)  # noqa: B010 - there is no setting for it
+    return run_shards(config, count, reread=lambda: config)
 
 
 if __name__ == "__main__":

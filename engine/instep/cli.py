@@ -191,7 +191,6 @@ def serve(
             raise
     if check:
         loaded = loaded.model_copy(update={"log": loaded.log.model_copy(update={"file": None})})  # it writes nothing
-    from instep.cluster import shards as cluster
     from instep.server.checks import CannotServe, before_loading, rehearse, settle
     from instep.server.log import make_log
 
@@ -202,16 +201,17 @@ def serve(
     with _logged(loaded.log):
         for sentence in unknown_variables():
             log.warning("unknown setting", reason=sentence)
-        found = cluster.findings(loaded, shards) if shards > 1 else before_loading(loaded, restart=restart)
+        restart = restart or shards > 1
+        found = before_loading(loaded, restart=restart, shards=shards)
         settle((each for each in found if each.severity == "problem"), log)  # before PyTorch, which takes seconds
         for _, folder in loaded.model.folders:
             log.info("loading", model=str(folder))
-        if check and shards > 1:
-            return cluster.rehearse(loaded, shards, log)
         if check:
-            return rehearse(loaded, log, restart=restart)
+            return rehearse(loaded, log, restart=restart, shards=shards)
         if shards > 1:
-            raise typer.Exit(cluster.run(loaded, shards, reread=read))
+            from instep.cluster.shards import run as run_shards
+
+            raise typer.Exit(run_shards(loaded, shards, reread=read))
         from instep.server.serve import run
 
         raise typer.Exit(run(loaded, reread=read, restart=restart))

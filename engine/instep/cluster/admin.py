@@ -1,60 +1,52 @@
-"""The admin server of all shards: it asks the admin server of each shard over a Unix socket, and answers for all."""
+"""The admin server of all shards: it asks the admin server of each shard over a Unix socket, and answers for all.
+
+Those check tokens and bound the rate of requests, as the admin server of a server on its own does.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import re
 import signal
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator
 from contextlib import closing, suppress
-from html import escape
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
+from urllib.parse import quote
 
 import structlog
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response, StreamingResponse
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from instep.config import HttpConfig
 from instep.config.endpoint import is_loopback_host
 from instep.frontends import CannotListen
 from instep.frontends.http.admin import address, bind, close_server, make_server
-from instep.frontends.http.answers import STATIC, HttpError, json_answer
+from instep.frontends.http.answers import HttpError, json_answer
 from instep.frontends.http.app import PATHS, error_handlers
-from instep.frontends.http.metrics import CONTENT_TYPE
-from instep.frontends.http.security import HEALTH, Guard, read_tokens
+from instep.frontends.http.metrics import CONTENT_TYPE, Families
+from instep.frontends.http.security import HEALTH, Guard
 from instep.server.checks import CannotServe
-from instep_client.protocol.errors import InvalidInput
 
 _ANSWER_S: Final = 5.0
 """A shard that takes longer to answer is reported as one that does not answer."""
 _SILENT: Final = "it does not answer"
-_UP: Final = b"# HELP instep_shard_up 1 while it answers.\n# TYPE instep_shard_up gauge\ninstep_shard_up %d\n"
-_FAMILY: Final = re.compile(rb"(# HELP .*\n# TYPE .*\n)((?:\w.*\n)*)")
-_PAGE: Final = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="2"><title>instep</title>
-<link rel="icon" href="static/icon.svg" type="image/svg+xml"><link rel="stylesheet" href="static/style.css"></head>
-<body><main><div class="panel"><table><thead><tr><th>Shard</th><th>Endpoint</th><th>State</th><th>Streams</th>
-<th>Connections</th><th>Frames waiting</th><th>Frames, total</th></tr></thead><tbody>%s</tbody></table></div></main>
-</body></html>
-"""
+_PASSED_ON: Final = (b"authorization", b"last-event-id")
 
 
-Numbers: TypeAlias = Callable[[], Collection[int]]
-
-
-async def serve_admin(config: HttpConfig, numbers: Numbers, sockets: Path, log: structlog.stdlib.BoundLogger) -> int:
-    """Answer requests until SIGTERM or SIGINT; SIGHUP reads the tokens again.
+async def serve_admin(config: HttpConfig, sockets: Path, log: structlog.stdlib.BoundLogger) -> int:
+    """Answer requests until SIGTERM or SIGINT.
 
     Args:
-        config: the endpoint and the file of tokens.
-        numbers: gives the numbers of the shards to be shown.
-        sockets: the folder with the Unix socket of each shard, named by its number.
+        config: where to listen.
+        sockets: the folder with the Unix socket of each shard, named by its number. A shard whose file nobody listens
+            at is shown as one that does not answer.
         log: the log of all.
 
     Returns:
@@ -63,60 +55,53 @@ async def serve_admin(config: HttpConfig, numbers: Numbers, sockets: Path, log: 
     Raises:
         CannotServe: when it cannot listen.
     """
-    loop, ended = asyncio.get_running_loop(), asyncio.Event()
     try:
-        if (listener := bind(config, log)) is None:
-            return 0
-        host, url = address(listener)
-        guard = Guard(make_app(numbers, sockets, log), read_tokens(config), is_loopback_host(host))
-    except (CannotListen, InvalidInput) as error:
+        listener = bind(config, log)
+    except CannotListen as error:
         raise CannotServe(str(error)) from None
-    server = make_server(guard)
-
-    def reload() -> None:
-        try:
-            tokens = read_tokens(config)
-        except InvalidInput as error:
-            log.error("not reloaded", reason=str(error))
-            return
-        if tokens is not None:
-            log.info("tokens reloaded", tokens=len(tokens))
-        if tokens != guard.tokens:
-            guard.tokens = tokens
-            for connection in list(server.server_state.connections):
-                connection.transport.abort()  # it may have shown a token that was withdrawn
-
+    if listener is None:
+        return 0
+    host, url = address(listener)
+    server = make_server(Guard(make_app(sockets, log), None, is_loopback_host(host), asks_others=True))
     await server.startup(sockets=[listener])
-    for number, call in ((signal.SIGINT, ended.set), (signal.SIGTERM, ended.set), (signal.SIGHUP, reload)):
-        loop.add_signal_handler(number, call)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ended.set)
     log.info("admin server", http=url)
     await ended.wait()
     await close_server(server, listener)
     return 0
 
 
-def make_app(numbers: Numbers, sockets: Path, log: structlog.stdlib.BoundLogger) -> ASGIApp:
+def make_app(sockets: Path, log: structlog.stdlib.BoundLogger) -> ASGIApp:
     """The application for every path, of all shards and, at `/shards/K/`, of each."""
 
-    async def ask_all(target: str) -> list[tuple[int, int, bytes]]:
-        """The number of each shard, its status and its body; 0 and {} if it does not answer."""
+    def numbers() -> list[int]:
+        return sorted(int(each.name) for each in sockets.iterdir())
+
+    async def ask_all(request: Request) -> list[tuple[int, int, bytes]]:
+        """The number of each shard, its status and its body; 0 and nothing if it does not answer."""
 
         async def ask(number: int) -> tuple[int, int, bytes]:
             with suppress(OSError, EOFError):
                 async with asyncio.timeout(_ANSWER_S):
-                    answer = _ask(sockets / str(number), target.encode())
+                    answer = _ask(sockets / str(number), "GET", request.url.path, request)
                     (status, headers), *parts = [part async for part in answer]
                     if len(body := b"".join(parts)) == int(headers["content-length"]):
                         return number, status, body
-            return number, 0, b"{}"
+            return number, 0, b""
 
-        return await asyncio.gather(*map(ask, numbers()))
+        found = await asyncio.gather(*map(ask, numbers()))
+        for _, status, body in found:
+            if 400 <= status < 500:  # what one of them refuses, all do
+                code, message = json.loads(body)["error"].values()
+                raise HttpError(status, code, message, {"www-authenticate": 'Basic realm="instep"'})
+        return found
 
     async def health(request: Request) -> Response:
-        answers = await ask_all(request.url.path)
+        answers = await ask_all(request)
         problems = [
-            f"shard {number}: {json.loads(body)['error']['message'] if status else _SILENT}"
+            f"shard {number}: {json.loads(body)['error']['message'] if body else _SILENT}"
             for number, status, body in answers
             if status != 200
         ]
@@ -124,30 +109,28 @@ def make_app(numbers: Numbers, sockets: Path, log: structlog.stdlib.BoundLogger)
             raise HttpError(503, "NOT_READY", "; ".join(problems))
         return json_answer({"shards": [{"shard": number} | json.loads(body) for number, _, body in answers]})
 
-    async def all_stats() -> list[dict[str, Any]]:
-        return [{"shard": each, "ready": False} | json.loads(body) for each, _, body in await ask_all("/api/stats")]
-
     async def stats(request: Request) -> Response:
-        return json_answer({"shards": await all_stats()})
-
-    async def page(request: Request) -> Response:
-        return HTMLResponse(_PAGE % "".join(map(_row, await all_stats())))
+        answers = [(number, json.loads(body or "{}")) for number, _, body in await ask_all(request)]
+        return json_answer({"shards": [{"shard": number, "ready": False} | answer for number, answer in answers]})
 
     async def metrics(request: Request) -> Response:
-        families: dict[bytes, bytes] = {}
-        for number, status, body in await ask_all("/metrics"):
-            for head, samples in _FAMILY.findall(_UP % bool(status) + body):
-                labelled = re.sub(rb"(?m)^(\w+)\{", rb'\1{shard="%d",' % number, samples)
-                labelled = re.sub(rb"(?m)^(\w+) ", rb'\1{shard="%d"} ' % number, labelled)
-                families[head] = families.get(head, b"") + labelled
-        return Response(b"".join(head + samples for head, samples in families.items()), media_type=CONTENT_TYPE)
+        up = GaugeMetricFamily("instep_shard_up", "1 while it answers.", labels=["shard"])
+        families: dict[str, Metric] = {up.name: up}
+        for number, _, body in await ask_all(request):
+            up.add_metric([str(number)], bool(body))
+            for own in text_string_to_metric_families(body.decode()):
+                family = families.setdefault(own.name, Metric(own.name, own.documentation, own.type))
+                family.samples += [each._replace(labels={"shard": str(number), **each.labels}) for each in own.samples]
+        return Response(generate_latest(Families(families.values())), headers={"content-type": CONTENT_TYPE})
+
+    async def page(request: Request) -> Response:
+        return RedirectResponse(f"shards/{min(numbers(), default=0)}/")
 
     async def of_one(request: Request) -> Response:
-        number, scope = request.path_params["shard"], request.scope
+        number, path = request.path_params["shard"], quote(request.path_params["path"])
         if number not in numbers():
-            raise HttpError(404, "NOT_FOUND", f"there is no shard {number} here: / lists all")
-        target = b"/" + scope["raw_path"].split(b"/", 3)[3] + b"?" + scope["query_string"]
-        answer = _ask(sockets / str(number), target, request.method, request.headers.get("last-event-id", ""))
+            raise HttpError(404, "NOT_FOUND", f"there is no shard {number} here: /api/stats lists all")
+        answer = _ask(sockets / str(number), request.method, f"/{path}?{request.url.query}", request)
         try:
             async with asyncio.timeout(_ANSWER_S):
                 status, headers = await anext(answer)
@@ -161,33 +144,23 @@ def make_app(numbers: Numbers, sockets: Path, log: structlog.stdlib.BoundLogger)
         Route("/api/stats", stats),
         Route("/", page),
         Route("/shards/{shard:int}/{path:path}", of_one),
-        Mount("/static", StaticFiles(directory=STATIC)),
     ]
     there = ("/", "/healthz", "/readyz", "/metrics", "/api/stats", *(f"/shards/0{path}" for path in PATHS))
     return Starlette(routes=routes, exception_handlers=error_handlers(there, log))
 
 
-async def _ask(path: Path, target: bytes, method: str = "GET", last_event: str = "") -> AsyncGenerator[Any]:
+async def _ask(socket: Path, method: str, target: str, request: Request) -> AsyncGenerator[Any]:
     """Yield the status and the headers of an answer, and then its body in parts.
 
     Raises:
         OSError, EOFError: when the shard does not answer.
     """
-    reader, writer = await asyncio.open_unix_connection(path)
+    reader, writer = await asyncio.open_unix_connection(socket)
     with closing(writer):
-        also = f"Last-Event-ID: {last_event}\r\n" if last_event.isdecimal() else ""
-        writer.write(b"%s %s HTTP/1.0\r\nHost: localhost\r\n%s\r\n" % (method.encode(), target, also.encode()))
+        passed_on = b"".join(b"%s: %s\r\n" % each for each in request.headers.raw if each[0] in _PASSED_ON)
+        writer.write(f"{method} {target} HTTP/1.0\r\nHost: localhost\r\n".encode() + passed_on + b"\r\n")
         status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
         left_out = ("connection:", "date:")  # those of this connection
         yield int(status.split()[1]), dict(each.split(": ", 1) for each in lines if not each.startswith(left_out))
         while part := await reader.read(65_536):
             yield part
-
-
-def _row(stats: dict[str, Any]) -> str:
-    number, models = stats["shard"], stats.get("models", [])
-    state = "ready" if stats["ready"] else "not ready" if models else "no answer"
-    names = ("streams_open", "connections", "frames_pending", "frames_total")
-    numbers = [f"{sum(each['numbers'][name] for each in models):,.0f}" for name in names]
-    cells = [f'<a href="shards/{number}/">{number}</a>', escape(stats.get("endpoint", "")), state, *numbers]
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

@@ -20,17 +20,16 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
-from shutil import rmtree
-from tempfile import mkdtemp
 from typing import Any, Final
 
 import msgpack
 import numpy as np
 
+from instep.cluster.admin import serve_admin
 from instep.cluster.copies import MAX_MESSAGE_BYTES, CopiedShard, hold_copy, positions, settle
 from instep.cluster.directory import DirectoryClient
 from instep.cluster.rules import NodeReport, ShardRole
-from instep.cluster.shards import claim, config_of_shard, findings
+from instep.cluster.shards import claim, folder_of_sockets
 from instep.cluster.talk import Caller, NoAnswer, Rejected, keys_for
 from instep.config import Config
 from instep.frontends import CannotListen
@@ -38,7 +37,7 @@ from instep.frontends.shards import Shard
 from instep.interrupts import end_with_parent, signal_name
 from instep.recording.errors import RecordingError
 from instep.security.keys import ServerKeys
-from instep.server.checks import CannotServe
+from instep.server.checks import CannotServe, before_loading
 from instep.server.log import make_log
 from instep.server.serve import Kept, Launch, ServiceManager, launching, serve_one
 from instep.server.supervisor import MOST_RESTARTS, WITHIN_S
@@ -329,8 +328,6 @@ class Agent:
 
     def _reload(self, *_: object) -> None:
         self._signal_servers(signal.SIGHUP)
-        if self._admin.pid:
-            os.kill(self._admin.pid, signal.SIGHUP)
 
     def _signal_servers(self, number: int) -> None:
         for each in self._processes.values():
@@ -375,7 +372,8 @@ class Agent:
 
     def _serve(self, role: ShardRole, pipe: socket.socket) -> int:
         log, config = self._log.bind(shard=role.shard), self._launch.config
-        place = Shard(role.shard, self._shards, role.term, _as_table(*self._table))
+        table, admin = _as_table(*self._table), self._sockets / str(role.shard)
+        place = Shard(role.shard, self._shards, role.term, table, admin=admin)
         copied = CopiedShard(
             place,
             self._name,
@@ -400,12 +398,11 @@ class Agent:
                 copied.follow(ShardRole(*role))
 
         def reread() -> Config:  # models stay: the next process of any shard here is a fork that has these
-            found = self._launch.reread().model_copy(update={"model": config.model})
-            return config_of_shard(found, role.shard, self._sockets)
+            return self._launch.reread().model_copy(update={"model": config.model}).of_shard(role.shard)
 
         launch = replace(
             self._launch,
-            config=config_of_shard(config, role.shard, self._sockets),
+            config=config.of_shard(role.shard),
             reread=reread,
             log=log,
             service_manager=ServiceManager({}, log, self._shards),
@@ -418,16 +415,11 @@ class Agent:
         return status
 
     def _hold(self, role: ShardRole, pipe: socket.socket) -> int:
-        transport = config_of_shard(self._launch.config, self._shards + role.shard).node_transport
+        transport = self._launch.config.of_shard(self._shards + role.shard).node_transport
         hold_copy(transport, ServerKeys.read(transport), self._folder_of(role.shard), role.term)
 
     def _administer(self, role: ShardRole, pipe: socket.socket) -> int:
-        from instep.cluster.admin import serve_admin
-
-        def numbers() -> list[int]:
-            return sorted(int(each.name) for each in self._sockets.iterdir())
-
-        return asyncio.run(serve_admin(self._launch.config.http, numbers, self._sockets, self._log))
+        return asyncio.run(serve_admin(self._launch.config.http, self._sockets, self._log))
 
     def _call(self, endpoint: str, name: str) -> Caller:
         """A connection to the directory, or to the copy on the node of this name."""
@@ -485,8 +477,9 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
             f"{shards} servers and {shards} copies need ports from {place[2]} on, and the last one is 65535"
         )
     name = name or socket.gethostname()
-    problems = (each for each in findings(config, shards) if each.severity == "problem")
-    with launching(config, problems, reread, supervised=True) as launch:
+    found = before_loading(config, restart=True, shards=shards)
+    problems = (each for each in found if each.severity == "problem")
+    with launching(config, problems, reread, supervised=True) as launch, folder_of_sockets() as sockets:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "agent.lock").open("w") as lock:
             try:
@@ -496,9 +489,4 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
             for shard in range(shards):
                 settle(folder / f"shard-{shard}")  # before `claim` makes the folders that are missing
             claim(folder, shards)
-            agent, sockets = os.getpid(), Path(mkdtemp(prefix="instep-"))
-            try:
-                return Agent(launch, shards, name, host, f"tcp://{directory}", sockets).run()
-            finally:
-                if os.getpid() == agent:
-                    rmtree(sockets, ignore_errors=True)
+            return Agent(launch, shards, name, host, f"tcp://{directory}", sockets).run()

@@ -298,6 +298,18 @@ class Config(Section):
     audit: AuditConfig = AuditConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    def of_shard(self, number: int) -> Config:
+        """That of one of several servers: the next ports in a row, or ipc://PATH.NUMBER, and folders for recordings."""
+        endpoint, file = self.transport.endpoint, self.recording.file
+        place, _, port = endpoint.rpartition(":")
+        if endpoint.startswith("ipc:"):
+            endpoint = f"{endpoint}.{number}"
+        elif port.isdecimal():
+            endpoint = f"{place}:{int(port) + number}"
+        transport = self.transport.model_copy(update={"endpoint": endpoint})
+        recording = self.recording.model_copy(update={"file": file and file / f"shard-{number}"})
+        return self.model_copy(update={"transport": transport, "recording": recording})
+
     @property
     def node_transport(self) -> TransportConfig:
         """The transport between nodes and the directory, where each has keys of its own."""

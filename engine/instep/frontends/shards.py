@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -37,6 +38,8 @@ class Shard:
     """Where all shards are served. It may be replaced while the server runs, and is None where nothing is known."""
     second_place: SecondPlace | None = None
     """Where recordings are copied to; None without other nodes."""
+    admin: Path | None = None
+    """The Unix socket of the admin server, which the one of all shards asks; None for one at `http.endpoint`."""
     is_copied: bool = False
     """Whether a copy on another node has everything that is answered. It may change at any time."""
 

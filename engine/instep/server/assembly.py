@@ -97,7 +97,7 @@ def _make_server(
     router = Router(config.transport, keys)
     undo.callback(router.close)
     tokens = read_tokens(config.http)
-    listener = bind(config.http, log)
+    listener = bind(config.http, log, path=models.shard.admin)
     if listener is not None:
         undo.callback(listener.close)
 

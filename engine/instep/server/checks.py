@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 import structlog
 
 from instep.config import Config
+from instep.config.endpoint import host_and_port
 from instep.core.tables import STREAM
 from instep.frontends import CannotListen
 from instep.frontends.http.security import DEFAULT, cannot_listen, read_tokens
 from instep.memory import size, usable_memory
 from instep.models.errors import no_folder
-from instep.recording.database import check_file, check_place, lost_tail
+from instep.recording.database import SUFFIX, check_file, check_place, lost_tail
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.lock import check_not_written
 from instep.runtime.executor import usable_cores
@@ -38,6 +39,7 @@ MAX_BUFFERED_BYTES: Final = 256 * 1024 * 1024
 """The limit of unread replies, for all connections together."""
 _FILES_BESIDE_CONNECTIONS: Final = 100
 """The approximate number of files that a server opens in addition to one for each connection."""
+_LAST_PORT: Final = 65_535
 _NETWORK: Final = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "glusterfs", "lustre", "fuse.sshfs", "fuse.s3fs")
 
 
@@ -59,23 +61,21 @@ class Finding(NamedTuple):
 
 def before_loading(config: Config, *, restart: bool = False, shards: int = 1) -> Iterator[Finding]:
     """Check everything that needs no loaded model, without writing anything; `restart` is as in `serve.run`."""
-    if config.recording.file is not None:
-        yield from other_shards(config.recording.file, shards)
-    for check in (_folders, _recording, _audit, _ports, _secrets, _memory, _disk, _cores, _open_files):
+    if problems := list(_shards(config, shards)):
+        yield from problems
+        return
+    folder = config.recording.file
+    if folder is not None and shards > 1 and not folder.is_dir():  # it is made at the start
+        config = config.model_copy(update={"recording": config.recording.model_copy(update={"file": folder.parent})})
+    for check in (_folders, _recording, _audit, _secrets, _memory, _disk, _cores, _open_files):
         yield from check(config)
+    yield from _ports(config, shards)
     if restart and config.transport.endpoint.endswith(":*"):
         sentence = "--restart needs a port"
         yield Finding("problem", sentence, "clients would not find the next server on whichever port is free then")
     if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
         what = "NUMBA_DISABLE_JIT is set, so the hot path runs as ordinary Python, some hundred times as slow"
         yield Finding("warning", what, "unset it")
-
-
-def other_shards(folder: Path, shards: int) -> Iterator[Finding]:
-    """Refuse a folder with the recordings of another number of shards."""
-    if (recorded := shards_in(folder)) not in (0, shards):
-        what = f"the recordings in {folder} are of {recorded} shards, not {shards}"
-        yield Finding("problem", what, "a stream would be looked for in the wrong one")
 
 
 def settle(findings: Iterable[Finding], log: structlog.stdlib.BoundLogger) -> None:
@@ -114,7 +114,7 @@ def memory_when_full(config: Config, prepared: Sequence[Prepared]) -> int:
     return needed
 
 
-def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool = False) -> None:
+def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool = False, shards: int = 1) -> None:
     """Load and compile the models, read their recordings as far as a start does, and try the endpoints.
 
     Nothing is written; the log lists the models that would be served. `restart` is as in `serve.run`.
@@ -124,18 +124,20 @@ def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool
     """
     from instep.server.preparation import prepare
 
-    settle(before_loading(config, restart=restart), log)
+    settle(before_loading(config, restart=restart, shards=shards), log)
     prepared = prepare(config, log, restart=restart)
-    settle(with_all_streams(config, prepared), log)
-    rehearse_server(config, prepared, log)
+    settle(with_all_streams(config, prepared, shards), log)
+    if shards == 1:
+        _rehearse_server(config, prepared, log)
+        return
+    for number in range(shards):
+        own = config.of_shard(number)
+        if own.recording.file is not None and not own.recording.file.is_dir():  # nothing is recorded yet
+            own = own.model_copy(update={"recording": own.recording.model_copy(update={"file": None})})
+        _rehearse_server(own, prepared, log.bind(shard=number))
 
 
-def rehearse_server(config: Config, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger) -> None:
-    """Read the recordings of prepared models as far as a start does, and try the endpoints.
-
-    Raises:
-        CannotServe: when the server could not start.
-    """
+def _rehearse_server(config: Config, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger) -> None:
     from instep.frontends.http.admin import bind
     from instep.frontends.zmq.router import Router
     from instep.server.preparation import log_of
@@ -199,6 +201,28 @@ def _file_limits() -> tuple[int, int]:
     return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
+def _shards(config: Config, shards: int) -> Iterator[Finding]:
+    """What does not fit this number of shards; nothing else can be checked then."""
+    endpoint, http, folder = config.transport.endpoint, config.http.endpoint, config.recording.file
+    if folder is not None and (recorded := shards_in(folder)) not in (0, shards):
+        what = f"the recordings in {folder} are of {recorded} shards, not {shards}"
+        yield Finding("problem", what, "a stream would be looked for in the wrong one")
+    if shards == 1:
+        return
+    if folder is not None and (folder.suffix == SUFFIX or not (folder if folder.exists() else folder.parent).is_dir()):
+        what = f"recording.file {folder} is not a folder"
+        yield Finding("problem", what, "each shard records into a folder in it: name one")
+    if endpoint.startswith("tcp:"):
+        port = endpoint.rpartition(":")[2]
+        ports = range(int(port), int(port) + shards) if port.isdecimal() else range(0)
+        if not ports or ports[-1] > _LAST_PORT:
+            what = f"--shards needs another port than that of {endpoint}"
+            yield Finding("problem", what, f"shard K listens at the port + K, and the last port is {_LAST_PORT}")
+        if http is not None and host_and_port(http)[1] in ports:
+            what = f"http.endpoint {http} has the port of a shard"
+            yield Finding("problem", what, "choose another one (--http 127.0.0.1:PORT)")
+
+
 def _folders(config: Config) -> Iterator[Finding]:
     for _, folder in config.model.folders:
         if problem := no_folder(folder):
@@ -230,12 +254,14 @@ def _audit(config: Config) -> Iterator[Finding]:
         yield Finding("problem", f"audit.file {file} cannot be written", "name a file where this user may write")
 
 
-def _ports(config: Config) -> Iterator[Finding]:
-    endpoint, http = config.transport.endpoint, config.http.endpoint
-    family = socket.AF_INET6 if "[" in endpoint else socket.AF_INET  # of a name, ZeroMQ takes the address of IPv4
-    if endpoint.startswith("tcp://") and _is_in_use(endpoint.removeprefix("tcp://"), family):
-        what = f"cannot bind {endpoint}: {os.strerror(errno.EADDRINUSE)}; is another server using it?"
-        yield Finding("problem", what, "")
+def _ports(config: Config, shards: int) -> Iterator[Finding]:
+    http = config.http.endpoint
+    for number in range(shards):
+        endpoint = config.of_shard(number).transport.endpoint
+        family = socket.AF_INET6 if "[" in endpoint else socket.AF_INET  # of a name, ZeroMQ takes the address of IPv4
+        if endpoint.startswith("tcp://") and _is_in_use(endpoint.removeprefix("tcp://"), family):
+            what = f"cannot bind {endpoint}: {os.strerror(errno.EADDRINUSE)}; is another server using it?"
+            yield Finding("problem", what if shards == 1 else f"shard {number}: {what}", "")
     if http not in (None, DEFAULT) and _is_in_use(http):
         error = cannot_listen(http, OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)))
         yield Finding("problem", str(error), "")

@@ -51,13 +51,13 @@ def check_several(place: Path, *, is_only: bool) -> None:
 
 
 def shards_in(folder: Path) -> int:
-    """The number of shards whose recordings are in a folder; 0 if there are none.
+    """The number of shards whose recordings are in a folder: 1 for a server on its own, 0 if there are none.
 
     Raises:
         RecordingError: when the number is missing.
     """
     if next(folder.glob(f"shard-*/*{SUFFIX}"), None) is None:
-        return 0
+        return int(any(folder.glob(f"*{SUFFIX}")))
     try:
         return int((folder / SHARDS_FILE).read_text())
     except (OSError, ValueError):

@@ -80,6 +80,8 @@ class ServiceManager:
     def forget(self, number: int) -> None:
         """Wait no more for a server, which has ended for good."""
         self._pinged_s[number] = math.inf
+        if all(self._pinged_s):
+            self._tell("READY=1")
 
     def stopping(self) -> None:
         """Report that the server drains."""
@@ -270,8 +272,6 @@ class Launch:
     has_terminal: bool
     shard: Shard = field(default_factory=Shard)
     """The server's place in a cluster."""
-    steps_apart: bool | None = None
-    """Whether steps get a process of their own; None to choose it by the device."""
 
 
 @contextlib.contextmanager
@@ -395,7 +395,7 @@ async def _serve(
 ) -> int:
     log = launch.log
     allow_open_files(config.limits.max_connections + files_kept_back(config))
-    server = make_server(config, prepared, log, forks=launch.steps_apart, shard=launch.shard)
+    server = make_server(config, prepared, log, shard=launch.shard)
     server.unread, server.loader.problem = unread, problem
     if problem:
         log.error("models not reloaded", reason=problem)
@@ -431,10 +431,8 @@ async def _serve(
             loop.add_signal_handler(number, call)
     _say_what_is_served(server, prepared, log)
     names = ", ".join(each.model.name for each in prepared)
-    shard, where = launch.shard, server.endpoint
-    if shard.count > 1:
-        where = f"{shard.count} endpoints"
-    launch.service_manager.serving(f"serving {names} at {where}", shard.number)
+    where = server.endpoint if launch.shard.count == 1 else f"{launch.shard.count} endpoints"
+    launch.service_manager.serving(f"serving {names} at {where}", launch.shard.number)
     on_ready(server.endpoint)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     with torch.inference_mode():  # of the loop's thread, once: each short run would be longer by it
@@ -472,7 +470,7 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
             exactness=each.exactness,
             max_streams=server.config.engine.max_streams,
         )
-    admin = {} if server.admin is None or server.models.shard.count > 1 else {"http": server.admin.url}
+    admin = {"http": server.admin.url} if server.admin is not None and server.admin.url else {}
     endpoint = re.sub(r"//(0\.0\.0\.0|\*|\[::\]):", "//127.0.0.1:", server.endpoint)
     asks, keys = f"ping -e {shlex.quote(endpoint)}", {}
     if (key_file := server.config.transport.key_file) is not None:

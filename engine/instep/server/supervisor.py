@@ -37,7 +37,7 @@ class Child:
     """The name for the log, such as `the server`."""
     log: structlog.stdlib.BoundLogger
     is_helper: bool = False
-    """Whether it ends once all others have ended, and gets no signals before except SIGHUP."""
+    """Whether it is ended once all others have ended, and gets no signals before."""
     pid: int = 0
     status: int | None = None
     """The exit status, or 128 + N if signal N killed it; None while it is to run."""
@@ -67,14 +67,8 @@ def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Chi
     heard = {number for number in _FORWARDED if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup has SIGHUP
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*heard, signal.SIGCHLD})
     supervisor, is_ending = os.getpid(), False
-
-    def tell(number: int) -> None:
-        servers = [child for child in children if child.status is None and not child.is_helper]
-        for child in children if number == signal.SIGHUP or not servers else servers:
-            if child.pid:
-                os.kill(child.pid, number)  # it is there until it is waited for
-
-    while any(child.status is None for child in children):
+    servers = [child for child in children if not child.is_helper]
+    while any(server.status is None for server in servers):
         for child in children:
             if child.status is None and not child.pid:
                 child.pid = os.fork()
@@ -84,21 +78,21 @@ def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Chi
                     time.sleep(child.pause_s)
                     return child
         number = signal.sigwait({*heard, signal.SIGCHLD})
-        if number != signal.SIGCHLD:
-            is_ending |= number != signal.SIGHUP
-            tell(number)
-        by_pid = {child.pid: child for child in children}
-        for pid, status in _ended():
-            if (ended := by_pid.get(pid)) is not None:
-                _bury(ended, status, is_ending, heard, is_only=len(children) == 1)
-                if ended.status is not None and not ended.is_helper:
-                    given_up(ended.number)
-        failed = any(child.status == _COULD_NOT_START and not child.deaths for child in children)
-        if (failed and not is_ending) or all(child.status is not None or child.is_helper for child in children):
-            is_ending = True
-            tell(signal.SIGTERM)
-            for child in children:
-                child.status = 1 if child.status is None and not child.pid else child.status
+        ended = [(child, code) for pid, code in _ended() for child in children if child.pid == pid]
+        if any(code == _COULD_NOT_START and not child.deaths for child, code in ended) and not is_ending:
+            number = signal.SIGTERM
+        is_ending |= number in (signal.SIGINT, signal.SIGTERM)
+        for child, code in ended:
+            _bury(child, code, is_ending, heard, is_only=len(children) == 1)
+            if child.status is not None and not child.is_helper:
+                given_up(child.number)
+        for server in servers:
+            if server.pid and number != signal.SIGCHLD:
+                os.kill(server.pid, number)  # it is there until it is waited for
+    for child in children:
+        if child.pid:  # a helper
+            os.kill(child.pid, signal.SIGTERM)
+            os.waitpid(child.pid, 0)
     statuses = {child.status or 0 for child in children} - {0}
     raise SystemExit(_COULD_NOT_START if _COULD_NOT_START in statuses else min(statuses, default=0))
 
@@ -110,19 +104,18 @@ def _become_server(supervisor: int) -> None:
 
 
 def _ended() -> Iterator[tuple[int, int]]:
-    """The processes that have ended, with their wait statuses.
+    """The processes that have ended, with their exit statuses, or -N if signal N killed them.
 
     As the first process of a container, the supervisor also gets the processes that a dead server leaves behind.
     """
     with suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            yield ended
+            yield ended[0], os.waitstatus_to_exitcode(ended[1])
 
 
-def _bury(child: Child, status: int, is_ending: bool, heard: set[signal.Signals], *, is_only: bool) -> None:
+def _bury(child: Child, code: int, is_ending: bool, heard: set[signal.Signals], *, is_only: bool) -> None:
     """Decide whether a child that has ended is started again: if so, it has neither a status nor a process."""
-    child.pid, code = 0, os.waitstatus_to_exitcode(status)
-    child.status = code if code >= 0 else 128 - code
+    child.pid, child.status = 0, code if code >= 0 else 128 - code
     is_tried_again = code == _COULD_NOT_START and child.deaths and not is_ending
     if (code >= 0 and not is_tried_again) or (is_ending and -code in heard):  # a second one, when it had drained
         if code and not (is_only or is_ending or child.is_helper):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections.abc import Mapping
-from contextlib import suppress
+from pathlib import Path
 from typing import Final
 
 import anyio
@@ -22,7 +21,7 @@ from instep.frontends.http import Subject
 from instep.frontends.http.app import make_app
 from instep.frontends.http.events import Events
 from instep.frontends.http.metrics import exposition
-from instep.frontends.http.security import DEFAULT, KEPT_FOR_HEALTH, MOST_REQUESTS, UNIX, Guard, cannot_listen
+from instep.frontends.http.security import DEFAULT, KEPT_FOR_HEALTH, MOST_REQUESTS, Guard, cannot_listen
 from instep.frontends.http.status import ServerStatus
 from instep.frontends.http.streams import Inspector
 
@@ -38,18 +37,21 @@ _TAKES_NOTHING_S: Final = 10.0
 """On Linux a connection ends if its peer's machine takes nothing of what is to be sent to it for this long."""
 
 
-def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | None = DEFAULT) -> socket.socket | None:
+def bind(
+    config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | None = DEFAULT, path: Path | None = None
+) -> socket.socket | None:
     """Make a listening socket; None if the configuration wants no admin server.
 
-    If the endpoint `default` is in use, by another server on this machine, that is only logged, and None is returned.
+    It is a Unix socket if a `path` is given, for the admin server of all shards to ask it. If the endpoint `default` is
+    in use, by another server on this machine, that is only logged, and None is returned.
 
     Raises:
         CannotListen: when an endpoint that was asked for cannot be bound.
     """
     if config.endpoint is None:
         return None
-    if config.endpoint.startswith(UNIX):
-        return _bind_unix(config.endpoint.removeprefix(UNIX))
+    if path is not None:
+        return _bind_unix(path)
     host, port = host_and_port(config.endpoint)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -79,22 +81,19 @@ def bind(config: HttpConfig, log: structlog.stdlib.BoundLogger, default: str | N
     return listener
 
 
-def _bind_unix(path: str) -> socket.socket:
+def _bind_unix(path: Path) -> socket.socket:
     try:
-        with suppress(FileNotFoundError):
-            os.unlink(path)  # that of a server that was killed
-        listener = socket.create_server(path, family=socket.AF_UNIX, backlog=_BACKLOG)
+        path.unlink(missing_ok=True)  # that of a server that was killed
+        return socket.create_server(str(path), family=socket.AF_UNIX, backlog=_BACKLOG)
     except OSError as error:
         advice = "let TMPDIR name another folder, or leave it out (--http off)"
         raise CannotListen(f"the admin server cannot listen at {path}: {error}; {advice}") from None
-    listener.setblocking(False)
-    return listener
 
 
 def address(listener: socket.socket) -> tuple[str, str]:
-    """The host at which a socket listens, and its URL; a Unix socket is at localhost."""
+    """The host at which a socket listens, and its URL; a Unix socket is at localhost, and no browser can open it."""
     if listener.family == socket.AF_UNIX:
-        return "localhost", f"{UNIX}{listener.getsockname()}"
+        return "localhost", ""
     host, port = listener.getsockname()[:2]
     return host, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 

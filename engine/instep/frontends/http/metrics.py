@@ -253,12 +253,15 @@ METRICS: Final = (
 )
 
 
-class _One(Collector):
-    def __init__(self, family: Family) -> None:
-        self._family = family
+class Families(Collector):
+    """Metrics for `generate_latest`; those without samples are left out."""
+
+    def __init__(self, families: Iterable[Family]) -> None:
+        self._families = families
 
     def collect(self) -> Iterable[Family]:
-        return [self._family] if self._family.samples else []
+        """Return them."""
+        return [each for each in self._families if each.samples]
 
 
 def exposition(services: Sequence[ModelService], used: Used) -> Iterator[bytes]:
@@ -268,5 +271,5 @@ def exposition(services: Sequence[ModelService], used: Used) -> Iterator[bytes]:
     """
     models = [ModelNumbers(service, service.numbers(), used) for service in services]
     for metric in METRICS:
-        yield generate_latest(_One(metric.family(models)))
+        yield generate_latest(Families([metric.family(models)]))
     yield generate_latest(ProcessCollector(registry=None))

@@ -22,8 +22,6 @@ from instep_client.key_files import read_text
 from instep_client.protocol.errors import InvalidInput
 
 DEFAULT: Final = HttpConfig().endpoint
-UNIX: Final = "unix:"
-"""The beginning of an endpoint that is the path of a Unix socket, which only the servers of one command have."""
 _METHODS: Final = ("GET", "HEAD")
 HEALTH: Final = ("/healthz", "/readyz", "/v2/health/live", "/v2/health/ready")
 """Paths that need no token: whatever looks after processes has none."""
@@ -85,13 +83,16 @@ class Guard:
         tokens: by name; requests have to show one of them. None if they need none.
         is_loopback: whether the server listens at a loopback address. Then the Host header must name one, or a page
             from elsewhere, whose name suddenly leads to this machine, could read everything (DNS rebinding).
+        asks_others: whether the application asks other admin servers, which check tokens and bound the rate.
     """
 
-    def __init__(self, app: ASGIApp, tokens: Mapping[str, str] | None, is_loopback: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, tokens: Mapping[str, str] | None, is_loopback: bool, *, asks_others: bool = False
+    ) -> None:
         self.tokens = tokens
         self._app = app
         self._is_loopback = is_loopback
-        self._rate = TokenBucket()
+        self._rate = None if asks_others else TokenBucket()
         self._under_way = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,7 +146,7 @@ class Guard:
                 "this needs a token of http.token_file: send `Authorization: Bearer TOKEN`, or the password TOKEN"
             )
             raise HttpError(401, "UNAUTHORIZED", sentence, {"www-authenticate": 'Basic realm="instep"'})
-        if (wait_s := self._rate.take(1, REQUESTS_PER_S, BURST, time.monotonic())) > 0:
+        if self._rate is not None and (wait_s := self._rate.take(1, REQUESTS_PER_S, BURST, time.monotonic())) > 0:
             sentence = f"more than {REQUESTS_PER_S:g} requests a second came: ask less often"
             raise HttpError(429, "TOO_MANY_REQUESTS", sentence, {"retry-after": str(int(wait_s) + 1)})
 
