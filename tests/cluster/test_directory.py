@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from instep.cli import app
-from instep.cluster.directory import Directory, DirectoryClient, make_directory
+from instep.cluster.directory import Directory, DirectoryClient
 from instep.cluster.rules import ShardRole
 from instep.cluster.talk import Caller, Rejected
 from instep.config import load_config
@@ -23,7 +24,8 @@ from instep_client.key_files import read_client_keys
 from tests.support.keys import KeyRing
 from tests.support.running import log_into
 
-LOG = log_into([])
+LINES: list[dict[str, Any]] = []
+LOG = log_into(LINES)
 WITHIN_S = 20.0
 NEWS: dict[str, Any] = {"serves": [], "ended": [], "gone": []}
 
@@ -33,7 +35,7 @@ def serving(folder: Path, ring: KeyRing | None = None, **options: Any) -> Iterat
     """A directory of three shards in a thread."""
     transport = {f"transport.{key}": str(value) for key, value in (ring.transport if ring else {}).items()}
     config = load_config(None, {"transport.endpoint": "tcp://127.0.0.1:0", "cluster.dead_s": "0.5", **transport})
-    directory = make_directory(config, folder, LOG, **{"shards": 3, "copies": 1, "adopt": (), **options})
+    directory = Directory(config, folder, LOG, **{"shards": 3, "copies": 1, "adopt": (), **options})
     thread = threading.Thread(target=directory.run)
     thread.start()
     try:
@@ -94,8 +96,19 @@ def command(directory: Directory, *arguments: str, **environment: str) -> Result
     return CliRunner().invoke(app, ["cluster", *arguments, "--directory", place], env={"COLUMNS": "80", **environment})
 
 
+def status(directory: Directory) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(command(directory, "status", "--json").stdout)
+    return found
+
+
 def have_servers(roles: dict[str, dict[int, ShardRole]]) -> bool:
     return len(servers(roles)) == 3
+
+
+def first_server(nodes: Nodes, name: str) -> int:
+    """A shard that this node is to serve, once all have servers."""
+    nodes.until(have_servers, "a", "b")
+    return min(role.shard for role in nodes.roles[name].values() if role.is_server)
 
 
 def servers(roles: dict[str, dict[int, ShardRole]]) -> dict[int, str]:
@@ -120,29 +133,30 @@ def test_nodes_get_roles_and_keep_them_when_the_directory_starts_again(tmp_path:
 
 
 def test_a_store_has_one_directory_and_one_number_of_shards(tmp_path: Path) -> None:
-    with serving(tmp_path):
-        with pytest.raises(CannotServe), serving(tmp_path):
-            pass
-    with pytest.raises(CannotServe, match="3 shards, not 4"), serving(tmp_path, shards=4):
+    store, broken = tmp_path / "store", tmp_path / "broken"
+    with serving(store), pytest.raises(CannotServe, match="another directory"), serving(store):
         pass
-    (tmp_path / "shard-1.json").write_text("{")
-    with pytest.raises(CannotServe, match=r"shard-1|store"), serving(tmp_path):
+    assert LINES[-1]["event"] == "stopped"
+    shutil.copytree(store, broken)
+    (broken / "shard-1.json").write_text("{")
+    with pytest.raises(CannotServe, match="cannot be read"), serving(broken):
+        pass
+    with pytest.raises(CannotServe, match="3 shards, not 4"), serving(store, shards=4):
         pass
 
 
 def test_what_cannot_be_stored_is_not_decided(tmp_path: Path) -> None:
     with serving(tmp_path) as directory, nodes_of(directory) as nodes:
-        nodes.until(have_servers, "a", "b")
-        stored = {file.name: file.read_text() for file in tmp_path.glob("*.json")}
+        shard, other = first_server(nodes, "a"), first_server(nodes, "b")
+        assert DirectoryClient(nodes.caller("b"), LOG).begins(other, 1, "b")  # waits until servers are answered
         with ExitStack() as undo:
-            for shard in range(3):
-                (tmp_path / f"shard-{shard}.new").mkdir()
-                undo.callback((tmp_path / f"shard-{shard}.new").rmdir)
-            shard = next(role.shard for role in nodes.roles["a"].values() if role.is_server)
-            time.sleep(1.0)  # servers are answered once nodes have had time to be heard
+            for number in range(3):
+                (tmp_path / f"shard-{number}.new").mkdir()
+                undo.callback((tmp_path / f"shard-{number}.new").rmdir)
+            stored = {file.name: file.read_text() for file in tmp_path.glob("*.json")}
             with pytest.raises(Rejected):
                 nodes.caller("a").ask("begins", shard, 1, "a", within_s=WITHIN_S)
-            assert json.loads(command(directory, "status", "--json").stdout)["problem"]
+            assert status(directory)["problem"]
         assert {file.name: file.read_text() for file in tmp_path.glob("*.json")} == stored
         assert nodes.caller("a").ask("begins", shard, 1, "a", within_s=WITHIN_S)
 
@@ -175,8 +189,7 @@ def test_a_key_proves_the_name_of_a_node(tmp_path: Path) -> None:
     ring = KeyRing(tmp_path, **roles)
     with serving(tmp_path / "store", ring) as directory:
         with nodes_of(directory, **{name: ring.of_client(name) for name in roles}) as nodes:
-            nodes.until(have_servers, "a", "b")
-            shard = next(role.shard for role in nodes.roles["a"].values() if role.is_server)
+            shard = first_server(nodes, "a")
             assert DirectoryClient(nodes.caller("b"), LOG).begins(shard, 1, "a") is None
             assert not DirectoryClient(nodes.caller("b"), LOG).dropped(shard, 1, 0)
             assert DirectoryClient(nodes.caller("a"), LOG).begins(shard, 1, "a") is not None
@@ -194,31 +207,42 @@ def test_operators_see_shards_and_nodes_and_change_what_they_may(tmp_path: Path)
         nodes.until(have_servers, "a", "b")
         for name, each in nodes.roles.items():
             nodes.say(name, serves=[(role.shard, 1, f"tcp://{name}:1") for role in each.values() if role.is_server])
-        shown = json.loads(command(directory, "status", "--json").stdout)
-        assert [shard["shard"] for shard in shown["shards"]] == [0, 1, 2]
-        assert {node["node"] for node in shown["nodes"]} == {"a", "b"}
-        assert max(map(len, command(directory, "status").stdout.splitlines())) <= 80
+        found = status(directory)
+        assert [shard["shard"] for shard in found["shards"]] == [0, 1, 2]
+        assert {node["node"] for node in found["nodes"]} == {"a", "b"}
+        shown = command(directory, "status").stdout
+        assert {shard["endpoint"] for shard in found["shards"]} == {"tcp://a:1", "tcp://b:1"} <= {*shown.split()}
+        assert max(map(len, shown.splitlines())) <= 80
         nodes.until(lambda roles: True, "a", "b")
-        assert command(directory, "drain", "a").exit_code == 0
-        assert command(directory, "drain", "nobody").exit_code == 2
-        assert command(directory, "undrain", "a").exit_code == 0
-        assert command(directory, "undrain", "a").exit_code == 2
-        assert command(directory, "move", "7", "a").exit_code == 2
-        assert command(directory, "accept-loss", "0", "a").exit_code == 2
+        asked = ("drain a", "drain nobody", "undrain a", "undrain a", "move 7 a", "accept-loss 0 a")
+        assert [command(directory, *each.split()).exit_code for each in asked] == [0, 2, 0, 2, 2, 2]
+
+
+def test_a_lost_node_is_shown_until_it_is_drained(tmp_path: Path) -> None:
+    with serving(tmp_path) as directory, nodes_of(directory) as nodes:
+        nodes.until(have_servers, "a", "b")
+        nodes.say("c")
+        nodes.until(lambda _: {"c": False}.items() <= alive(directory).items(), "a", "b")
+        assert command(directory, "drain", "c").exit_code == 0
+        nodes.until(lambda _: alive(directory) == {"a": True, "b": True}, "a", "b")
+        nodes.say("c")
+        assert alive(directory)["c"]
+
+
+def alive(directory: Directory) -> dict[str, bool]:
+    return {node["node"]: node["alive"] for node in status(directory)["nodes"]}
 
 
 def test_a_shard_that_its_node_cannot_serve_is_taken_over_by_its_copy(tmp_path: Path) -> None:
     with serving(tmp_path) as directory, nodes_of(directory) as nodes:
-        nodes.until(have_servers, "a", "b")
-        time.sleep(1.0)  # servers are answered once nodes have had time to be heard
-        shard = next(role.shard for role in nodes.roles["a"].values() if role.is_server)
+        shard = first_server(nodes, "a")
         client = DirectoryClient(nodes.caller("a"), LOG)
         assert client.begins(shard, 1, "a") is not None
-        nodes.say("a", serves=[(shard, 1, "tcp://a:1")])
-        assert not json.loads(command(directory, "status", "--json").stdout)["shards"][shard]["problem"]
-        nodes.say("a", gone=[(shard, 1)])
-        shown = json.loads(command(directory, "status", "--json").stdout)["shards"][shard]
-        assert (bool(shown["problem"]), shown["endpoint"]) == (True, "")
+        for news, endpoint in (("serves", "tcp://a:1"), ("gone", "")):
+            nodes.say("b", gone=[(shard, 1)])  # which is not for this node to say
+            nodes.say("a", **{news: [(shard, 1, endpoint)[: 2 + bool(endpoint)]]})
+            found = status(directory)["shards"][shard]
+            assert (found["endpoint"], bool(found["problem"])) == (endpoint, not endpoint)
         assert client.begins(shard, 1, "a") is not None
         nodes.until(lambda roles: bool(roles["a"][shard].other), "a", "b")
         assert client.attached(shard, 1, nodes.roles["a"][shard].attempt)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Mapping
 from contextlib import suppress
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, Final
 
@@ -88,15 +89,45 @@ class Store:
 
 
 class Directory:
-    """Answers agents, servers and operators, and decides ten times a second."""
+    """Answers agents, servers and operators, and decides ten times a second; see `Assignments` for its arguments.
 
-    def __init__(self, rules: Assignments, store: Store, listener: Listener, log: structlog.stdlib.BoundLogger) -> None:
-        self._rules, self._store, self._listener, self._log = rules, store, listener, log
-        self._run_id = secrets.token_hex(4)
+    Raises:
+        CannotServe, InvalidInput: it cannot start.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        log: structlog.stdlib.BoundLogger,
+        *,
+        shards: int,
+        copies: int,
+        adopt: Collection[str],
+    ) -> None:
+        self._store, self._log = Store(folder, log), log
+        try:
+            self._rules = Assignments(
+                shards,
+                self._store.put,
+                self._store.rows,
+                copies=copies,
+                dead_s=config.cluster.dead_s,
+                needs_copy=config.cluster.needs_copy,
+                accept_numerics_change=config.cluster.accept_numerics_change,
+                adopt=adopt,
+                version=secrets.randbits(48),  # no agent takes it for one of an earlier directory
+            )
+            keys = ServerKeys.read(config.node_transport)
+            self._listener = Listener(config.node_transport, keys, frozenset({"status", *_BY_OPERATORS}))
+        except OSError:
+            raise CannotServe(self._store.problem) from None
+        except (CannotListen, ClusterRefused) as error:
+            raise CannotServe(str(error)) from None
         self._agents: dict[str, bytes] = {}
         """The connection of each node's agent."""
         self._hears_from = time.monotonic() + _SETTLES_S
-        self._told = ""
+        self._told = self._rules.version
         self._ends = False
 
     @property
@@ -116,12 +147,13 @@ class Directory:
                     self._rules.decide(now)
             if failures := self._listener.failures():
                 self._log.warning("handshakes failed", **failures)
-            if self._told != self._version:
-                self._told = self._version
+            if self._told != self._rules.version:
+                self._told = self._rules.version
                 for node, connection in self._agents.items():
                     self._listener.tell(connection, self._news(node))
         self._listener.close()
         self._store.close()
+        self._log.info("stopped")
 
     def stop(self) -> None:
         """End soon; servers go on, and only changes wait until there is a directory again."""
@@ -173,24 +205,23 @@ class Directory:
             return getattr(self._rules, verb)(*arguments)
         raise ValueError("unknown verb")
 
-    def _hear(self, request: NodeRequest, about: list[Any], news: dict[str, Any], told: str) -> Any:
+    def _hear(self, request: NodeRequest, about: list[Any], news: dict[str, Any], told: int) -> Any:
         name, address, version, numerics, has = about
         if request.principal not in ("", name):
             raise ClusterRefused("OTHER_NAME", f"the key is that of {request.principal}, and the node is called {name}")
         texts = [*about[:-1], *(endpoint for _, _, endpoint in news["serves"])]
         if not all(type(each) is str and each for each in texts) or not re.fullmatch(r".+:[0-9]{1,5}", address):
             raise TypeError("not names and addresses")
-        found = {int(shard): (int(term), int(position)) for shard, term, position in has}
-        report = NodeReport(name, address, version, numerics, found)
-        self._rules.heard(report, time.monotonic())
-        self._agents[report.name] = request.connection
+        recordings = {int(shard): (int(term), int(position)) for shard, term, position in has}
+        self._rules.heard(NodeReport(name, address, version, numerics, recordings), time.monotonic())
+        self._agents[name] = request.connection
         for shard, term, endpoint in news["serves"]:
-            self._rules.serves(shard, term, report.name, endpoint)
-        for shard, term in news["ended"]:
-            self._rules.ended(shard, term)
-        for shard, term in news["gone"]:
-            self._rules.gone(shard, term)
-        return self._news(report.name) if told != self._version else None
+            self._rules.serves(shard, term, name, endpoint)
+        for decide, found_here in ((self._rules.ended, news["ended"]), (self._rules.gone, news["gone"])):
+            for shard, term in found_here:
+                if self._rules.shards[shard].server == name:
+                    decide(shard, term)
+        return self._news(name) if told != self._rules.version else None
 
     def _status(self) -> dict[str, Any]:
         shards = self._rules.status()
@@ -207,12 +238,9 @@ class Directory:
                 "copies": copies[name],
             }
             for name, node in sorted(self._rules.nodes.items())
+            if self._rules.is_alive(name) or name not in self._rules.drained or servers[name] or copies[name]
         ]
         return {"shards": shards, "nodes": nodes, "problem": self._store.problem}
-
-    @property
-    def _version(self) -> str:
-        return f"{self._run_id}-{self._rules.version}"
 
     def _news(self, node: str) -> list[Any]:
         """The roles of a node and the table; empty while nothing is decided, because the store may have been lost."""
@@ -220,47 +248,13 @@ class Directory:
             return []
         table = self._rules.table()
         roles = [_with_port(role, self._rules.count) for role in self._rules.roles(node)]
-        return [self._version, roles, table.terms.tolist(), table.endpoints]
+        return [self._rules.version, roles, table.terms.tolist(), table.endpoints]
 
 
 def _with_port(role: ShardRole, count: int) -> ShardRole:
     """The role with the endpoint at which the other node takes copies of the shard: above the ports of servers."""
     host, _, port = role.address.rpartition(":")
     return role._replace(address=f"tcp://{host}:{int(port) + count + role.shard}") if host else role
-
-
-def make_directory(
-    config: Config,
-    folder: Path,
-    log: structlog.stdlib.BoundLogger,
-    *,
-    shards: int,
-    copies: int,
-    adopt: Collection[str],
-) -> Directory:
-    """Make a directory that is bound and does not answer yet; see `Assignments`.
-
-    Raises:
-        CannotServe, InvalidInput: it cannot start.
-    """
-    store, keys = Store(folder, log), ServerKeys.read(config.node_transport)
-    try:
-        rules = Assignments(
-            shards,
-            store.put,
-            store.rows,
-            copies=copies,
-            dead_s=config.cluster.dead_s,
-            needs_copy=config.cluster.needs_copy,
-            accept_numerics_change=config.cluster.accept_numerics_change,
-            adopt=adopt,
-        )
-        listener = Listener(config.node_transport, keys, frozenset({"status", *_BY_OPERATORS}))
-    except OSError:
-        raise CannotServe(store.problem) from None
-    except (CannotListen, ClusterRefused) as error:
-        raise CannotServe(str(error)) from None
-    return Directory(rules, store, listener, log)
 
 
 def run(config: Config, folder: Path, shards: int, copies: int, adopt: Collection[str]) -> int:
@@ -270,7 +264,7 @@ def run(config: Config, folder: Path, shards: int, copies: int, adopt: Collectio
         CannotServe, InvalidInput: it cannot start.
     """
     log = make_log(config.log)
-    directory = make_directory(config, folder, log, shards=shards, copies=copies, adopt=adopt)
+    directory = Directory(config, folder, log, shards=shards, copies=copies, adopt=adopt)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: directory.stop())
     peers_file = config.transport.peers_file
@@ -281,7 +275,7 @@ def run(config: Config, folder: Path, shards: int, copies: int, adopt: Collectio
 
 
 class DirectoryClient:
-    """What a server asks the directory, in any thread; each method waits until it has answered."""
+    """What a server asks the directory, in any thread; see `Assignments`. Each method waits until it has answered."""
 
     def __init__(self, caller: Caller, log: structlog.stdlib.BoundLogger) -> None:
         self._caller, self._log = caller, log
@@ -292,21 +286,9 @@ class DirectoryClient:
         return int(self._ask("shards"))
 
     def begins(self, shard: int, term: int, node: str) -> ShardRole | None:
-        """See `Assignments.begins`."""
+        """The role of the server."""
         role = self._ask("begins", shard, term, node)
         return None if role is None else ShardRole(*role)
-
-    def attached(self, shard: int, term: int, attempt: int) -> bool:
-        """See `Assignments.attached`."""
-        return bool(self._ask("attached", shard, term, attempt))
-
-    def dropped(self, shard: int, term: int, attempt: int) -> bool:
-        """See `Assignments.dropped`."""
-        return bool(self._ask("dropped", shard, term, attempt))
-
-    def behind(self, shard: int, term: int, attempt: int) -> bool:
-        """See `Assignments.behind`."""
-        return bool(self._ask("behind", shard, term, attempt))
 
     def _ask(self, verb: str, *arguments: Any) -> Any:
         reported = False
@@ -319,3 +301,7 @@ class DirectoryClient:
                     self._log.warning("waits for the directory", asks=verb, reason=str(error))
                 reported = True
                 time.sleep(TICK_S)
+
+    attached = partialmethod(_ask, "attached")
+    dropped = partialmethod(_ask, "dropped")
+    behind = partialmethod(_ask, "behind")
