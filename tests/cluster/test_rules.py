@@ -23,7 +23,8 @@ class Cluster:
         self.is_full = False
         self.joined: list[str] = []
         self.rules = Assignments(shards, self._store, dict(self.kept), **settings)
-        self.reports = {name: NodeReport(name, f"{name}:1") for name in nodes}
+        self.reports: dict[str, NodeReport] = {}
+        self.add(*nodes)
         self.now = 0.0
         self.most_moves = 0
         self.stuck: set[int] = set()
@@ -78,8 +79,10 @@ class Cluster:
         servers, copies = Counter(view.server for view in views), Counter(view.copy for view in views)
         return sorted(servers[name] for name in alive), sorted(copies[name] for name in alive)
 
-    def reports_of(self, name: str, **changes: Any) -> None:
-        self.reports[name] = self.reports.get(name, NodeReport(name, f"{name}:1"))._replace(**changes)
+    def add(self, *names: str, **about: Any) -> None:
+        """Have nodes report this from now on."""
+        for name in names:
+            self.reports[name] = NodeReport(name, f"{name}:1", **about)
 
 
 @contextmanager
@@ -127,8 +130,7 @@ def test_nothing_is_decided_before_all_nodes_had_time_to_be_heard() -> None:
 def test_a_new_node_gets_its_share_by_one_move_after_another() -> None:
     cluster = running(shards=8, nodes="ab")
     assert cluster.counts() == ([4, 4], [4, 4])
-    cluster.reports_of("c")
-    cluster.reports_of("d")
+    cluster.add("c", "d")
     cluster.run(120.0)
     assert cluster.counts() == ([2, 2, 2, 2], [2, 2, 2, 2])
     assert cluster.most_moves == 1
@@ -163,16 +165,14 @@ def test_a_shard_that_cannot_begin_does_not_keep_others_from_being_moved() -> No
 
 
 def test_a_node_that_is_silent_and_not_lost_yet_gets_no_copy() -> None:
-    cluster = Cluster(shards=6, dead_s=3.0)
-    cluster.run()
+    cluster = running(shards=6, dead_s=3.0)
     cluster.joined.clear()
     cluster.run(2.8, silent="b")
     assert {*cluster.joined} == {"", "a", "c"}
 
 
 def test_a_shard_stays_where_an_operator_moved_it_until_a_node_comes() -> None:
-    cluster = Cluster(shards=6)
-    cluster.run()
+    cluster = running(shards=6)
     (shard, at), *_ = ((k, view.server) for k, view in enumerate(cluster.rules.shards) if view.server != "a")
     cluster.rules.move(shard, "a")
     cluster.run()
@@ -201,14 +201,14 @@ def test_a_shard_is_moved_through_its_copy() -> None:
     cluster.run(1.0)
     cluster.run()
     assert cluster.places() == [(2, copy, third)]
-    with refused("NOT_NEEDED", copy):
-        cluster.rules.move(0, copy)
-    with refused("UNKNOWN_SHARD", "1"):
-        cluster.rules.move(1, third)
-    with refused("UNKNOWN_NODE", "d"):
-        cluster.rules.move(0, "d")
-    with refused("DRAINED", server):
-        cluster.rules.move(0, server)
+    for code, named, shard, node in (
+        ("NOT_NEEDED", copy, 0, copy),
+        ("UNKNOWN_SHARD", "1", 1, third),
+        ("UNKNOWN_NODE", "d", 0, "d"),
+        ("DRAINED", server, 0, server),
+    ):
+        with refused(code, named):
+            cluster.rules.move(shard, node)
     cluster.rules.move(0, third)
     with refused("BUSY", third):
         cluster.rules.move(0, server)
@@ -238,12 +238,10 @@ def test_an_older_copy_counts_until_the_next_one_is_whole() -> None:
 def test_a_copy_that_fails_again_and_again_is_tried_less_and_less_often() -> None:
     cluster = running(shards=1, nodes="ab")
     cluster.rules.dropped(0, 1, cluster.rules.shards[0].copy_attempt)
+    cluster.stuck = {0}
     attempts = []
     for _ in range(1000):
-        cluster.now += PAUSE_S
-        for report in cluster.reports.values():
-            cluster.rules.heard(report, cluster.now)
-        cluster.rules.decide(cluster.now)
+        cluster.run(PAUSE_S)
         if (view := cluster.rules.shards[0]).joining:
             attempts.append(cluster.now)
             assert cluster.rules.dropped(0, 1, view.attempt)
@@ -294,7 +292,7 @@ def test_a_recording_that_is_gone_is_never_begun_anew_by_itself() -> None:
     cluster.run(1.0, silent="abc")
     assert cluster.rules.shards[0].begun
     assert copy in cluster.rules.status()[0]["problem"]
-    cluster.reports_of(server, has={0: (term, 70)})
+    cluster.add(server, has={0: (term, 70)})
     cluster.run(0.1, silent=copy)
     with refused("OLDER", server):
         cluster.rules.accept_loss(0, copy)
@@ -317,7 +315,7 @@ def test_a_directory_whose_store_is_lost_adopts_the_newest_recordings() -> None:
     has = {"a": {0: (3, 10), 1: (4, 90)}, "b": {0: (3, 20), 1: (5, 1)}, "c": {}}
     lost = Cluster()
     for name, found in has.items():
-        lost.reports_of(name, has=found)
+        lost.add(name, has=found)
     lost.run()
     assert [term for term, _, _ in lost.places()] == [0, 0]
     assert "--adopt" in lost.rules.status()[0]["problem"]
@@ -331,18 +329,17 @@ def test_a_directory_whose_store_is_lost_adopts_the_newest_recordings() -> None:
 
 def test_a_shard_without_a_recording_is_not_begun_when_the_others_are_adopted() -> None:
     cluster = Cluster(adopt=("a",))
-    cluster.reports_of("a", has={0: (3, 10)})
+    cluster.add("a", has={0: (3, 10)})
     cluster.run(4.0)
     assert cluster.rules.shards[0][:2] == (4, "a")
     assert cluster.rules.shards[1].begun
 
 
 def test_nodes_that_compute_other_bits_hold_copies_and_do_not_serve() -> None:
-    cluster = Cluster(shards=2, nodes="ab")
-    cluster.reports_of("a", numerics="cpu")
-    cluster.reports_of("b", numerics="cpu")
+    cluster = Cluster(shards=2, nodes="")
+    cluster.add("a", "b", numerics="cpu")
     cluster.run()
-    cluster.reports_of("g", numerics="cuda")
+    cluster.add("g", numerics="cuda")
     cluster.run()
     assert cluster.counts() == ([0, 1, 1], [0, 1, 1])
     with refused("OTHER_NUMERICS", "g"):
@@ -355,9 +352,9 @@ def test_nodes_that_compute_other_bits_hold_copies_and_do_not_serve() -> None:
 
 
 def test_numerics_may_change_where_that_is_accepted() -> None:
-    cluster = Cluster(shards=1, nodes="a", accept_numerics_change=True)
-    cluster.reports_of("a", numerics="cpu")
-    cluster.reports_of("g", numerics="cuda")
+    cluster = Cluster(shards=1, nodes="", accept_numerics_change=True)
+    cluster.add("a", numerics="cpu")
+    cluster.add("g", numerics="cuda")
     cluster.run()
     cluster.run(silent="a")
     assert cluster.places()[0][:2] == (2, "g")
@@ -365,14 +362,14 @@ def test_numerics_may_change_where_that_is_accepted() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     cluster = running()
-    with refused("NAME_TAKEN", "a:1", "elsewhere:1"):
-        cluster.rules.heard(NodeReport("a", "elsewhere:1"), cluster.now)
-    with refused("OTHER_VERSION", "d", "2"):
-        cluster.rules.heard(NodeReport("d", "d:1", version="2"), cluster.now)
-    with refused("OLD_STORE", "a"):
-        cluster.rules.heard(NodeReport("a", "a:1", has={0: (7, 1)}), cluster.now)
-    with refused("UNKNOWN_SHARD", "4"):
-        cluster.rules.heard(NodeReport("a", "a:1", has={4: (1, 1)}), cluster.now)
+    for code, named, report in (
+        ("NAME_TAKEN", ("a:1", "elsewhere:1"), NodeReport("a", "elsewhere:1")),
+        ("OTHER_VERSION", ("d", "2"), NodeReport("d", "d:1", version="2")),
+        ("OLD_STORE", ("a",), NodeReport("a", "a:1", has={0: (7, 1)})),
+        ("UNKNOWN_SHARD", ("4",), NodeReport("a", "a:1", has={4: (1, 1)})),
+    ):
+        with refused(code, *named):
+            cluster.rules.heard(report, cluster.now)
     with refused("OTHER_SHARDS", "2", "3"):
         Cluster(shards=3, kept=cluster.kept)
     with refused("UNKNOWN_NODE", "x"):

@@ -189,14 +189,9 @@ def test_each_rule_is_needed(scenario: Callable[[World], None], broken: tuple[Ru
         play(scenario, *broken)
 
 
-@pytest.mark.parametrize("first", range(0, 24, 4))
+@pytest.mark.parametrize(
+    "first", [*range(0, 24, 4), *(pytest.param(k, marks=pytest.mark.long) for k in range(1000, 1300, 4))]
+)
 def test_random_faults_lose_nothing(first: int) -> None:
     for seed in range(first, first + 4):
-        simulate(seed)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("first", range(1000, 1300, 50))
-def test_many_random_faults_lose_nothing(first: int) -> None:
-    for seed in range(first, first + 50):
         simulate(seed)
