@@ -37,6 +37,7 @@ from instep_client.streams import StreamHandle
 
 A = TypeVar("A", bound=npt.NDArray[Any])
 R = TypeVar("R")
+T = TypeVar("T")
 
 StreamPlace: TypeAlias = Literal["connected", "parked", "hibernating"]
 _PAGE: Final = 4096
@@ -266,7 +267,8 @@ class AsyncGroup(GroupView):
     """Streams that are stepped together with one array. Each of them can be refused or evicted alone.
 
     They may belong to several shards. A call then ends when each of these has answered, and if one of them is gone for
-    good it raises ConnectionFailed, although the others may have carried it out.
+    good it raises ConnectionFailed, although the others may have carried it out. If streams of several shards are
+    refused, the error names the first one of one shard, and `failures` are in the order of the shards.
     """
 
     def __init__(self, names: tuple[str, ...], parts: Sequence[GroupPart]) -> None:
@@ -276,18 +278,21 @@ class AsyncGroup(GroupView):
 
     @classmethod
     async def _opened(
-        cls, names: tuple[str, ...], parts: Sequence[tuple[Driver, Indices, Any]], asked: Iterable[Opening]
+        cls,
+        names: tuple[str, ...],
+        parts: Sequence[tuple[Driver, Indices, T]],
+        ask: Callable[[Session, Indices, T], Opening],
     ) -> AsyncGroup:
         """The group of the streams that the calls of these parts open: all of them, or none."""
-        calls = await all_of((driver, call) for (driver, _, _), call in zip(parts, asked, strict=True))
+        calls = await all_of((driver, ask(driver.session, where, own)) for driver, where, own in parts)
         opened = [(part[0], call.result()) for part, call in zip(parts, calls, strict=True) if call.error is None]
         if len(opened) < len(calls) and calls[0].begins_streams:
             await all_of((driver, driver.session.close(handle)) for driver, handle in opened)
-        handles = _results(calls, names)
-        return cls(names, [GroupPart(*part[:2], handle) for part, handle in zip(parts, handles, strict=True)])
+        return cls(names, [GroupPart(*part[:2], call.result()) for part, call in zip(parts, calls, strict=True)])
 
-    async def _ask(self, ask: Callable[[GroupPart], Call[R]]) -> list[R]:
-        return _results(await all_of((part.driver, ask(part)) for part in self._parts), self._names)
+    async def _ask(self, ask: Callable[[Session, Indices, StreamHandle], Call[R]]) -> list[R]:
+        asked = ((driver, ask(driver.session, where, handle)) for driver, where, handle in self._parts)
+        return [call.result() for call in await all_of(asked)]
 
     def _state(self, rows: Sequence[U8]) -> State:
         return as_state(self._gather(rows), self._parts[0].driver.session.info.state, single=False)
@@ -333,12 +338,13 @@ class AsyncGroup(GroupView):
                 times.append(own)
         answer = outputs.reshape(*prefix, info.outputs)
         if errors:
-            raise _joined(errors, self._names, answer)
+            raise _joined(errors, answer)
         return TimedOutputs(answer, *(max(each) for each in zip(*times, strict=True)))
 
     async def read_state(self) -> tuple[U64, State]:
         """Return seqs, uint64 [N], and the states of N streams; see `AsyncStream.read_state`."""
-        seqs, states = zip(*await self._ask(lambda part: part.driver.session.read_state(part.handle)), strict=True)
+        parts = await self._ask(lambda session, where, handle: session.read_state(handle))
+        seqs, states = zip(*parts, strict=True)
         return self._gather(seqs), self._state(states)
 
     async def reset(self, states: GivenState | None = None) -> None:
@@ -350,8 +356,8 @@ class AsyncGroup(GroupView):
         """
         for driver, _, handle in self._parts:
             driver.session.check_handle(handle)  # so that none is asked if another one cannot be
-        own = iter(_split(states, self._parts, len(self)))
-        await self._ask(lambda part: part.driver.session.reset(part.handle, next(own)))
+        own = _shares(states, self._parts[0].driver.session, len(self))
+        await self._ask(lambda session, where, handle: session.reset(handle, own(where)))
 
     async def fork(self, names: Sequence[str]) -> AsyncGroup:
         """Open a new stream for each of these, with its state and seq; see `AsyncStream.fork`.
@@ -361,11 +367,10 @@ class AsyncGroup(GroupView):
         names = good_names(names)
         if len(names) != len(self):
             raise InvalidInput(f"{len(self)} streams are copied, there are names for {len(names)}")
-        forks = (
-            driver.session.fork(handle, [names[index] for index in where.tolist()])
-            for driver, where, handle in self._parts
+        own = np.array(names, object)
+        return await self._opened(
+            names, self._parts, lambda session, where, handle: session.fork(handle, own[where].tolist())
         )
-        return await self._opened(names, self._parts, forks)
 
     async def close(self) -> State:
         """Close all streams and return their final states, in which floats of ended streams are NaN.
@@ -375,41 +380,24 @@ class AsyncGroup(GroupView):
         """
         for part in self._parts:
             part.driver.session.check_open()  # so that none is asked if another one cannot be
-        return self._state(await self._ask(lambda part: part.driver.session.close(part.handle)))
+        return self._state(await self._ask(lambda session, where, handle: session.close(handle)))
 
 
-def _split(
-    states: GivenState | None, parts: Sequence[tuple[Driver, Indices, Any]], count: int
-) -> Sequence[GivenState | None]:
-    """A group's states, of which each part gets its own."""
-    if states is None or len(parts) == 1:
-        return [states] * len(parts)
-    spec = parts[0][0].session.info.state
+def _shares(states: GivenState | None, session: Session, count: int) -> Callable[[Indices], GivenState | None]:
+    """Return a function that gives a group's part its states, by the indices of its streams."""
+    if states is None:
+        return lambda where: None
+    spec = session.info.state
     rows = state_rows(states, spec, count)
-    return [as_state(rows[where], spec, single=False) for _, where, _ in parts]
+    return lambda where: as_state(rows[where], spec, single=False)
 
 
-def _results(calls: Iterable[Call[R]], names: Sequence[str] = ()) -> list[R]:
-    """The results of calls of several shards, or the error that is about the first stream."""
-    errors = [call.error for call in calls if call.error is not None]
-    if errors:
-        places = {name: place for place, name in enumerate(names)}  # a fork's error may name a stream that it copies
-        raise min(errors, key=lambda error: places.get(getattr(error, "stream", ""), 0))
-    return [call.result() for call in calls]
-
-
-def _joined(
-    errors: Sequence[FramesRefused | StreamEvicted], names: Sequence[str], outputs: F32
-) -> FramesRefused | StreamEvicted:
-    """The errors of a step's parts as one, as if one server had refused all of it."""
-    places = {name: place for place, name in enumerate(names)}
-    failed = chain.from_iterable(error.failures for error in errors)
-    failures = tuple(sorted(failed, key=lambda failure: places[failure.stream]))
-    ended = [error for error in errors if isinstance(error, StreamEvicted)]
-    if not ended:
-        first = next(error for error in errors if failures[0] in error.failures)
+def _joined(errors: Sequence[FramesRefused | StreamEvicted], outputs: F32) -> FramesRefused | StreamEvicted:
+    """The errors of a step's parts as one. It is StreamEvicted if a stream has ended, as of a single server."""
+    first = min(errors, key=lambda error: isinstance(error, FramesRefused))
+    failures = tuple(chain.from_iterable(error.failures for error in errors))
+    if isinstance(first, FramesRefused):
         return FramesRefused(first.code, first.sentence, failures, outputs)
-    first = min(ended, key=lambda error: places[error.stream])
     first.failures, first.outputs = failures, outputs
     return first
 
@@ -556,11 +544,10 @@ class AsyncClient:
         """
         names = good_names(names)
         parts = await self._links.of_streams(names)
-        states = _split(initial_states, parts, len(names))
-        calls = (
-            driver.session.open(own, given, single=False) for (driver, _, own), given in zip(parts, states, strict=True)
+        states = _shares(initial_states, self._links.first.session, len(names))
+        return await AsyncGroup._opened(
+            names, parts, lambda session, where, own: session.open(own, states(where), single=False)
         )
-        return await AsyncGroup._opened(names, parts, calls)
 
     async def resume(self, name: str, have: int | None = None, epoch: int = 0, take_over: bool = False) -> AsyncStream:
         """Continue a stream that is parked, or that another client owns.
@@ -601,12 +588,11 @@ class AsyncClient:
         names = good_names(names)
         seqs = counts(HAVE_ALL if have is None else have, len(names), "have")
         numbers = counts(epochs, len(names), "epochs")
-        parts = await self._links.of_streams(names)
-        calls = (
-            driver.session.resume(own, seqs[where], numbers[where], take_over, single=False)
-            for driver, where, own in parts
+        return await AsyncGroup._opened(
+            names,
+            await self._links.of_streams(names),
+            lambda session, where, own: session.resume(own, seqs[where], numbers[where], take_over, single=False),
         )
-        return await AsyncGroup._opened(names, parts, calls)
 
     async def read_state(self, name: str) -> tuple[int, State]:
         """Read the state of any stream of the server, even a parked one, without disturbing its owner.
@@ -679,7 +665,8 @@ class AsyncClient:
         return missing
 
     async def _ask_all(self, ask: Callable[[Session], Call[R]]) -> list[R]:
-        return _results(await all_of((driver, ask(driver.session)) for driver in await self._links.all()))
+        asked = [(driver, ask(driver.session)) for driver in await self._links.all()]
+        return [call.result() for call in await all_of(asked)]
 
     async def list_models(self) -> list[ServedModel]:
         """The models of the server, beginning with the default; of a cluster, with the sums over all shards."""

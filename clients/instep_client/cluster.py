@@ -36,20 +36,19 @@ class ShardMap:
             raise MalformedMessage(f"a table of {len(table.endpoints)} shards came from a cluster of {len(self)}")
         host = asked.removeprefix("tcp://").rpartition(":")[0] if asked.startswith("tcp://") else "127.0.0.1"
         for shard, (term, endpoint) in enumerate(zip(table.terms.tolist(), table.endpoints, strict=True)):
-            if term < self.terms[shard]:
-                continue
-            endpoint = endpoint.replace("tcp://*:", f"tcp://{host}:", 1) or self.endpoints[shard]
-            if term > self.terms[shard] or endpoint != self.endpoints[shard]:
-                try:
-                    self.endpoints[shard] = endpoint and checked_endpoint(endpoint)
-                except InvalidInput as error:
-                    raise MalformedMessage(f"the table of shards is not valid: {error}") from None
-                self.terms[shard] = term
+            endpoint = endpoint.replace("tcp://*:", f"tcp://{host}:", 1)
+            try:
+                self.learn(shard, term, endpoint and checked_endpoint(endpoint))
+            except InvalidInput as error:
+                raise MalformedMessage(f"the table of shards is not valid: {error}") from None
 
-    def stays(self, shard: int, term: int, endpoint: str) -> bool:
-        """Learn which server answered at an endpoint; return whether a client may stay with it."""
+    def learn(self, shard: int, term: int, endpoint: str) -> bool:
+        """Learn the term of a shard's server and, unless it is empty, its endpoint.
+
+        Returns False, and learns nothing, for a term below the highest one: no client may follow or stay there.
+        """
         if term < self.terms[shard]:
             return False
-        if term > self.terms[shard] or not self.endpoints[shard]:
-            self.terms[shard], self.endpoints[shard] = term, endpoint
+        self.terms[shard] = term
+        self.endpoints[shard] = endpoint or self.endpoints[shard]
         return True

@@ -72,10 +72,6 @@ _IN_USE: Final = (
     'a stream of this name is open or parked: continue it (if_exists="resume"), or close it and begin anew '
     '(if_exists="replace")'
 )
-_ELSEWHERE: Final = (
-    "the name belongs to another shard, and a stream is copied within its own: take another name, or "
-    "client.restore(await stream.snapshot(), name)"
-)
 _RESTARTED: Final = "the server was restarted and no longer has this stream, which was not recorded; open it again"
 _SAID: Final = frozenset({Code.DATA_LOSS, Code.OUTPUTS_GONE})
 
@@ -513,11 +509,6 @@ class ForkCall(Opening, TurnCall[StreamHandle]):
 
     def _encode(self, part: Indices) -> tuple[tuple[int, ...], Message]:
         return (), [self._handles_of(part).tobytes(), self._names_of(part)]
-
-    def _explain(self, refused: ColumnError, name: str) -> InstepError:
-        if refused.code is Code.WRONG_SHARD:
-            refused = refused._replace(sentence=_ELSEWHERE)
-        return super()._explain(refused, name)
 
 
 class ResumeCall(Opening):

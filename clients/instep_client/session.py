@@ -538,7 +538,7 @@ class Session:
             was = f"the server was one of {len(self.shards)} shards when this client connected"
             self.fail(ConnectionFailed, f"{was}, and is one of {info.shards} now: make another client")
             return
-        if not self.shards.stays(info.shard, info.term, self.endpoint) or info.shard != self.shard:
+        if not self.shards.learn(info.shard, info.term, self.endpoint) or info.shard != self.shard:
             place = self.shards.endpoints[self.shard] or "no known endpoint"
             self.lose(
                 f"the server at {self.endpoint} has shard {info.shard} in term {info.term}, and shard {self.shard} is "
@@ -552,8 +552,7 @@ class Session:
             return
         problem = cannot_continue(former, info)
         if problem:
-            has = "was restarted with" if former.shard == info.shard else "has"  # where it is this one's first welcome
-            self.fail(ConnectionFailed, f"the server at {self.endpoint} {has} {problem}; make another client")
+            self.fail(ConnectionFailed, f"the server at {self.endpoint} has {problem}; make another client")
             return
         self.forgets = info.boot_id != former.boot_id and info.durability == "memory"
         self._claim = Claim(self, self.table.live_rows())

@@ -21,8 +21,8 @@ def test_only_servers_of_a_term_that_is_not_lower_are_followed() -> None:
     assert (shards.terms, shards.endpoints) == ([3, 6], [A, C])
     shards.take(table((3, B), (6, C)))
     assert (shards.terms, shards.endpoints) == ([3, 6], [B, C])
-    assert not shards.stays(1, 5, B)
-    assert shards.stays(1, 7, A)
+    assert not shards.learn(1, 5, B)
+    assert shards.learn(1, 7, A)
     shards.take(table((3, B), (6, C)))
     assert (shards.terms, shards.endpoints) == ([3, 7], [B, A])
 
@@ -32,7 +32,7 @@ def test_a_shard_that_nobody_serves_is_left_and_its_place_remembered() -> None:
     shards.take(table((1, A)))
     shards.take(table((2, "")))
     assert (shards.terms, shards.endpoints) == ([2], [A])
-    assert not shards.stays(0, 1, A)
+    assert not shards.learn(0, 1, A)
     shards.take(table((2, B)))
     assert shards.endpoints == [B]
 

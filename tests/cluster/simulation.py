@@ -726,12 +726,9 @@ class Server(Process):
 class Follower(ShardMap):
     """A client's map without rule 10."""
 
-    def take(self, table: ShardTable, asked: str = "") -> None:
-        self.terms = [0] * len(self)
-        super().take(table, asked)
-
-    def stays(self, shard: int, term: int, endpoint: str) -> bool:
-        return True
+    def learn(self, shard: int, term: int, endpoint: str) -> bool:
+        self.terms[shard] = 0
+        return super().learn(shard, term, endpoint)
 
 
 class Client(Process):
@@ -798,7 +795,7 @@ class Client(Process):
         while message := await inbox.take(self, SILENCE_S):
             kind, *of = message
             if kind == "welcome":
-                if not self.map.stays(self.shard, of[0], endpoint):
+                if not self.map.learn(self.shard, of[0], endpoint):
                     return
                 say("resume", self.name, self.have, self.epoch, connection)
                 continue

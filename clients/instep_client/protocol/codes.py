@@ -71,7 +71,8 @@ class Code(IntEnum):
     UNLOADED = 119, "the stream was ended because its model was unloaded, and no recording keeps it"
     WRONG_SHARD = (
         120,
-        "the name belongs to another shard of the cluster; SHARDS tells where; connect to that one",
+        "the name belongs to another shard of the cluster: connect to that one (SHARDS tells where); a fork stays in "
+        "its stream's shard, while a snapshot can be restored in any",
     )
     BY_OPERATOR = 121, "an operator of the server closed the stream or parked it; a parked one can be resumed"
     BUSY = 200, "the server's queue is full; nothing of this message was applied; send it again later"
