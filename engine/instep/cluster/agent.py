@@ -408,8 +408,7 @@ class Agent:
             service_manager=ServiceManager({}, log, self._shards),
             shard=place,
         )
-        is_again = (role.shard, role.term) in self._deaths
-        status = serve_one(launch, self._kept[role.shard], is_again=is_again, on_ready=on_ready)
+        status = serve_one(launch, self._kept[role.shard], on_ready)
         if status == 0:
             pipe.send(msgpack.packb(""))  # before the interpreter has ended, which takes longer
         return status

@@ -62,7 +62,7 @@ def run(config: Config, shards: int, *, reread: Callable[[], Config]) -> int:
             shard=Shard(child.number, shards, table=table, admin=sockets / str(child.number)),
         )
         try:
-            return serve_one(launch, kept[child.number], is_again=bool(child.deaths))
+            return serve_one(launch, kept[child.number])
         except CannotServe as error:
             raise CannotServe(f"shard {child.number}: {error}") from None
 

@@ -35,7 +35,7 @@ class Shard:
     term: int = 0
     """The number of this server among those that the shard has had on any node; 0 without a directory."""
     table: ShardTable | None = None
-    """Where all shards are served. It may be replaced while the server runs, and is None where nothing is known."""
+    """Where all shards are served, which may change while the server runs; None for a server on its own."""
     second_place: SecondPlace | None = None
     """Where recordings are copied to; None without other nodes."""
     admin: Path | None = None
@@ -47,14 +47,6 @@ class Shard:
         """The durability that grants name, if that of the server's recording is `own`."""
         return "copied" if self.is_copied and own != "memory" else own
 
-    def table_or_own(self, endpoint: str) -> ShardTable:
-        """The table; where nothing is known, one that has this server, at `endpoint`, and no other."""
-        if self.table is not None:
-            return self.table
-        terms, endpoints = np.zeros(self.count, np.uint64), [""] * self.count
-        terms[self.number], endpoints[self.number] = self.term, for_table(endpoint)
-        return ShardTable(terms, tuple(endpoints))
-
     def are_foreign(self, names: Sequence[str]) -> Bool:
         """Bool [N]: which names belong to other shards."""
         if self.count == 1:
@@ -63,8 +55,6 @@ class Shard:
 
     def redirect(self, names: Sequence[str], codes: I32, expected_seqs: I64) -> None:
         """Refuse unknown streams whose names belong to other shards with WRONG_SHARD and the number of that shard."""
-        if self.count == 1:
-            return
         for index in np.flatnonzero((codes == Code.UNKNOWN_STREAM) | (codes == Code.WRONG_SHARD)).tolist():
             if (shard := shard_of(names[index], self.count)) != self.number:
                 codes[index], expected_seqs[index] = Code.WRONG_SHARD, shard

@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
@@ -269,7 +269,6 @@ class Launch:
     service_manager: ServiceManager
     is_supervised: bool
     """Whether the server is started again when a signal kills it."""
-    has_terminal: bool
     shard: Shard = field(default_factory=Shard)
     """The server's place in a cluster."""
 
@@ -307,7 +306,7 @@ def launching(
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
     manager = ServiceManager(os.environ, log, servers)
     try:
-        yield Launch(config, prepared, log, threshold, reread or (lambda: config), manager, supervised, _has_terminal())
+        yield Launch(config, prepared, log, threshold, reread or (lambda: config), manager, supervised)
     finally:
         audit.close()
 
@@ -336,26 +335,19 @@ def run(
         SystemExit: in the parent of the child, with the child's status.
     """
     with launching(config, before_loading(config, restart=restart), reread, supervised=restart) as launch:
-        kept, child = Kept(), Child(0, "the server", launch.log)
+        kept = Kept()
         if restart:
-            supervise([child], launch.service_manager.forget)
-        return serve_one(launch, kept, is_again=bool(child.deaths), on_ready=on_ready)
+            supervise([Child(0, "the server", launch.log)], launch.service_manager.forget)
+        return serve_one(launch, kept, on_ready)
 
 
-def serve_one(
-    launch: Launch,
-    kept: Kept,
-    *,
-    is_again: bool = False,
-    on_ready: Callable[[str], None] = lambda endpoint: None,
-) -> int:
+def serve_one(launch: Launch, kept: Kept, on_ready: Callable[[str], None] = lambda endpoint: None) -> int:
     """Serve in this process until interrupted.
 
     Args:
         launch: with the configuration and the log of this server.
-        kept: holds the values of the last reload; the same in each process that serves this after another.
-        is_again: whether a process before this one served it. Then the models are those that were in force at its end
-            or, if that fails, those of the start.
+        kept: the same in each process that serves this after another. The models are those that were in force at the
+            end of the one before or, if that fails, those of the start.
         on_ready: called with the endpoint once the server answers.
 
     Returns:
@@ -364,43 +356,34 @@ def serve_one(
     Raises:
         CannotServe: when the server cannot start.
     """
-    at_start, log, loaded = launch.config, launch.log, launch.prepared
-    if not is_again:
-        return asyncio.run(_serve(launch, at_start, loaded, kept, on_ready))
+    at_start, log = launch.config, launch.log
     config, fingerprints, unread, problem = kept.laid_over(at_start)
+    launch = replace(launch, config=config)
     launch.threshold.level = config.log.level
     if changed := [change for _, change in differences(at_start, config)]:
         log.info("reload kept", changed=changed)
     if unread:
         log.error("not reloaded", reason=unread)
-    have = {each.model.name: each.model.fingerprint for each in loaded}
+    have = {each.model.name: each.model.fingerprint for each in launch.prepared}
     if config.model.folder != at_start.model.folder or (fingerprints or have) != have:
         try:
-            prepared = prepare(config, log, restart=True)
-            return asyncio.run(_serve(launch, config, prepared, kept, on_ready, unread, problem))
+            newest = replace(launch, prepared=prepare(config, log, restart=True))
+            return asyncio.run(_serve(newest, kept, on_ready, unread, problem))
         except CannotServe as error:
             problem = f"models are as at the start: {error}"
-            config = _with_values(at_start, _changeable(config))
-    return asyncio.run(_serve(launch, config, loaded, kept, on_ready, unread, problem))
+            launch = replace(launch, config=_with_values(at_start, _changeable(config)))
+    return asyncio.run(_serve(launch, kept, on_ready, unread, problem))
 
 
-async def _serve(
-    launch: Launch,
-    config: Config,
-    prepared: Sequence[Prepared],
-    kept: Kept,
-    on_ready: Callable[[str], None],
-    unread: str = "",
-    problem: str = "",
-) -> int:
-    log = launch.log
+async def _serve(launch: Launch, kept: Kept, on_ready: Callable[[str], None], unread: str, problem: str) -> int:
+    config, prepared, log = launch.config, launch.prepared, launch.log
     allow_open_files(config.limits.max_connections + files_kept_back(config))
     server = make_server(config, prepared, log, shard=launch.shard)
     server.unread, server.loader.problem = unread, problem
     if problem:
         log.error("models not reloaded", reason=problem)
     log.debug("configuration", **config.model_dump(mode="json"))
-    stops = 0
+    stops, has_terminal = 0, _has_terminal()
     reloads, turn = Tasks(lambda error: log.error("bug in a reload", exc_info=error)), asyncio.Lock()
 
     async def reload_in_turn() -> None:
@@ -419,7 +402,7 @@ async def _serve(
     def hung_up() -> None:
         if stops:
             return  # it ends already, and this is no reason to force it
-        if launch.has_terminal and not _has_terminal():
+        if has_terminal and not _has_terminal():
             stop()
         else:
             reloads.start(reload_in_turn())

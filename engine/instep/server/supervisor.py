@@ -58,7 +58,7 @@ def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Chi
         given_up: called with the number of a server that has ended and will not be started again.
 
     Returns:
-        In the child: itself, with the deaths of the processes before it.
+        In a child: itself.
 
     Raises:
         SystemExit: in the supervisor when all have ended. The status is 0 if all ended with 0, 2 if one could not

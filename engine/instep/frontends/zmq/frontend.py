@@ -14,6 +14,7 @@ import numpy as np
 import structlog
 
 from instep.frontends.models import Models, Served
+from instep.frontends.shards import for_table
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.decode import Decoder, hello
 from instep.frontends.zmq.peers import Outbound, Peer
@@ -283,7 +284,8 @@ class ZmqFrontend:
                 models = {each.service.name: each.summary() for each in self._models if may_use(each.service.name)}
                 self._outbound.send(peer, encode.served(header.request, models))
             case Kind.SHARDS:
-                table = self._models.shard.table_or_own(self._router.endpoint)
+                alone = wire.ShardTable(np.zeros(1, np.uint64), (for_table(self._router.endpoint),))
+                table = self._models.shard.table or alone
                 self._outbound.send(peer, table.pack(header.request))
             case _:
                 raise MalformedMessage(f"{header.kind.name} is a message of the server's")
