@@ -38,6 +38,9 @@ _ANSWER_S: Final = 5.0
 """A shard that takes longer to answer is reported as one that does not answer."""
 _SILENT: Final = "it does not answer"
 _PASSED_ON: Final = (b"authorization", b"last-event-id")
+"""Headers of requests."""
+_ALSO: Final = ("www-authenticate", "retry-after")
+"""Headers of refusals."""
 
 
 async def serve_admin(config: HttpConfig, sockets: Path, log: structlog.stdlib.BoundLogger) -> int:
@@ -87,16 +90,16 @@ def make_app(sockets: Path, log: structlog.stdlib.BoundLogger) -> ASGIApp:
                 async with asyncio.timeout(_ANSWER_S):
                     answer = _ask(sockets / str(number), "GET", request.url.path, request)
                     (status, headers), *parts = [part async for part in answer]
-                    if len(body := b"".join(parts)) == int(headers["content-length"]):
+                    body = b"".join(parts)
+                    if status in (401, 429):  # what one of them refuses, all do
+                        error = json.loads(body)["error"]
+                        also = {name: headers[name] for name in _ALSO if name in headers}
+                        raise HttpError(status, error["code"], error["message"], also)
+                    if len(body) == int(headers["content-length"]):
                         return number, status, body
             return number, 0, b""
 
-        found = await asyncio.gather(*map(ask, numbers()))
-        for _, status, body in found:
-            if 400 <= status < 500:  # what one of them refuses, all do
-                code, message = json.loads(body)["error"].values()
-                raise HttpError(status, code, message, {"www-authenticate": 'Basic realm="instep"'})
-        return found
+        return await asyncio.gather(*map(ask, numbers()))
 
     async def health(request: Request) -> Response:
         answers = await ask_all(request)
