@@ -185,7 +185,7 @@ def test_what_makes_no_sense_is_refused_and_ends_nothing(tmp_path: Path, verb: s
 
 
 def test_a_key_proves_the_name_of_a_node(tmp_path: Path) -> None:
-    roles = {"a": {"role": "node"}, "b": {"role": "node"}, "ann": {"role": "operator"}}
+    roles = {"a": {"role": "node"}, "b": {"role": "node"}}
     ring = KeyRing(tmp_path, **roles)
     with serving(tmp_path / "store", ring) as directory:
         with nodes_of(directory, **{name: ring.of_client(name) for name in roles}) as nodes:
@@ -197,8 +197,13 @@ def test_a_key_proves_the_name_of_a_node(tmp_path: Path) -> None:
             with pytest.raises(Rejected):
                 impostor.say("b")
             impostor.close()
-            files = {name: str(file) for name, file in ring.of_client("ann").items()}
-            keys = {"INSTEP_KEY_FILE": files["key_file"], "INSTEP_SERVER_KEY": files["server_key"]}
+
+            keys = {f"INSTEP_{name.upper()}": str(file) for name, file in ring.of_client("ann").items()}
+            ring.write(**roles, ann={"role": "operator"})
+            assert command(directory, "status", **keys).exit_code == 2
+            directory.admit(ring.peers_file)
+            ring.peers_file.write_text("[")
+            directory.admit(ring.peers_file)
             assert command(directory, "status", **keys).exit_code == 1  # nobody serves
 
 
