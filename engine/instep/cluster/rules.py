@@ -198,9 +198,7 @@ class Assignments:
         if view.term != term or not view.begun:
             return
         self.serves(shard, term, view.server, "")
-        if self._can_take_over(view):
-            self._begin_term(shard, view.copy, f"taken over from {view.server}, which cannot serve it")
-        else:
+        if not self._take_over(shard, "which cannot serve it"):
             self._gone.add(shard)
 
     # What servers ask.
@@ -255,10 +253,8 @@ class Assignments:
     def behind(self, shard: int, term: int, attempt: int) -> bool:
         """Whether the copy that counts, which has more than the server, takes its place; the server ends anyway."""
         view = self.shards[shard]
-        if (view.term, view.copy_attempt) != (term, attempt) or not self._can_take_over(view):
-            return False
-        self._begin_term(shard, view.copy, f"taken over from {view.server}, which had less than its copy")
-        return True
+        is_newest = (view.term, view.copy_attempt) == (term, attempt)
+        return is_newest and self._take_over(shard, "which had less than its copy")
 
     # What operators ask.
 
@@ -268,8 +264,7 @@ class Assignments:
         Raises:
             ClusterRefused: that is not possible now.
         """
-        view = self._of(shard)
-        self._check_may_serve(node, shard)
+        view = self._checked(shard, node)
         if view.server == node:
             raise ClusterRefused("NOT_NEEDED", f"{node} serves shard {shard} already")
         if not self.is_alive(view.server):
@@ -307,8 +302,7 @@ class Assignments:
         Raises:
             ClusterRefused: the shard is not lost, or another node has more of it.
         """
-        view = self._of(shard)
-        self._check_may_serve(node, shard)
+        view = self._checked(shard, node)
         if self.is_alive(view.server) and shard not in self._gone:
             raise ClusterRefused("NOT_NEEDED", f"{view.server} has shard {shard}")
         if self._can_take_over(view):
@@ -372,8 +366,7 @@ class Assignments:
             if node and not self.is_alive(node):
                 view = self._change(shard, f"gave up {node}, which is lost", **{kind: ""})
         if not self.is_alive(view.server):
-            if self._can_take_over(view):
-                self._begin_term(shard, view.copy, f"taken over from {view.server}, which is lost")
+            self._take_over(shard, "which is lost")
         elif view.target and view.target not in (view.copy, view.joining):
             self._join(shard, view.target, copies)
         elif self.copies and not view.copy and not view.joining:
@@ -446,6 +439,13 @@ class Assignments:
         self._endpoints[shard] = ""
         self._gone.discard(shard)
 
+    def _take_over(self, shard: int, why: str) -> bool:
+        """Make the copy the server, if its node is there and may serve the shard; return whether that is so."""
+        view = self.shards[shard]
+        if can := self._can_take_over(view):
+            self._begin_term(shard, view.copy, f"taken over from {view.server}, {why}")
+        return can
+
     def _drain(self, nodes: frozenset[str]) -> None:
         self.store("drained", {"nodes": sorted(nodes)})
         self.drained, self._balances = nodes, True
@@ -455,14 +455,17 @@ class Assignments:
             raise ClusterRefused("UNKNOWN_SHARD", f"there is no shard {shard}: the cluster has 0 to {self.count - 1}")
         return self.shards[shard]
 
-    def _check_may_serve(self, node: str, shard: int) -> None:
+    def _checked(self, shard: int, node: str) -> Assignment:
+        """The assignment of a shard that an operator wants the node to serve."""
+        view = self._of(shard)
         if node not in self.nodes:
             raise ClusterRefused("UNKNOWN_NODE", f"the directory has not heard of {node}")
         if not self.is_alive(node):
             raise ClusterRefused("NODE_AWAY", f"{node} was not heard in the last {self.dead_s:g} s")
-        if not self._may_serve(node, self.shards[shard]):
+        if not self._may_serve(node, view):
             sentence = f"{node} computes other bits than shard {shard} has (cluster.accept_numerics_change allows that)"
             raise ClusterRefused("OTHER_NUMERICS", sentence)
+        return view
 
     # What the directory says.
 
