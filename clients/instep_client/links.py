@@ -102,6 +102,7 @@ class Links:
         if fastest is None:
             raise min(filter(None, failures), key=lambda error: isinstance(error, ConnectionRefused))
         self.first = self._given[fastest]
+        self._given = [self.first]  # so that no other one is begun if this is called again, which is refused
         info = self.first.session.info
         self._by_shard[info.shard] = self.first
         self._settings["model"] = info.model  # another server may have another default
@@ -119,7 +120,7 @@ class Links:
         if following is not None:
             following.cancel()
             await asyncio.wait([following])
-        await asyncio.gather(*(driver.stop(park) for driver in {self.first, *self._by_shard.values()}))
+        await asyncio.gather(*(driver.stop(park) for driver in {*self._given, *self._by_shard.values()}))
 
     # ── Shards ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -192,6 +192,7 @@ async def test_a_client_connects_once(server: FakeServer) -> None:
     await client.connect()
     with pytest.raises(ClientClosed):
         await client.connect()
+    assert await client.ping() < 10
     await client.close()
     await client.close()
     with pytest.raises(ClientClosed):
