@@ -18,7 +18,6 @@ import psutil
 import pytest
 
 from instep.cluster.agent import NodeProcess, received
-from instep.cluster.rules import ShardRole
 from instep_client import StreamEvicted
 from instep_client.protocol.codes import Code
 from tests.cluster.chaos import run
@@ -200,10 +199,39 @@ async def test_a_shard_that_is_lost_is_not_begun_anew_by_itself(tmp_path: Path) 
         assert refused.value.code is Code.UNKNOWN_STREAM
 
 
+async def test_an_agent_says_that_it_waits_for_the_directory(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, nodes=1, shards=1, copies=0) as cluster:
+        stranger = ClusterNode(cluster, "stranger", cluster.nodes[0].port + 100)
+        stranger.start()
+        await cluster.until(lambda _: "waits for the directory" in stranger.log())
+        stranger.kill()
+        cluster.kill_directory()
+        while "waits for the directory" not in cluster.nodes[0].log():
+            await asyncio.sleep(0.05)
+
+
+async def test_agents_that_are_ended_while_the_directory_is_away_do_not_wait_for_it(tmp_path: Path) -> None:
+    async with Cluster(tmp_path, nodes=2, shards=1) as cluster, cluster.connect() as client:
+        stream = await client.open(names_of(0, 1)[0])
+        shard = cluster.status()[0]
+        server, copy = (cluster.node(shard[kind]) for kind in ("server", "copy"))
+        cluster.kill_directory()
+        assert await asyncio.to_thread(copy.stop) == 0
+        step = asyncio.create_task(stream.step(np.zeros(5, np.float32)))
+        while "copy lost" not in server.log():
+            await asyncio.sleep(0.05)
+        assert await asyncio.to_thread(server.stop) == 1
+        assert "draining took longer" not in server.log()
+        cluster.start_directory()
+        server.start()
+        copy.start()
+        await step
+
+
 def test_a_process_that_does_not_read_is_told_again() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        process = NodeProcess(0, ours, ShardRole(0, 1))
+        process = NodeProcess(0, ours)
         while process.tell(["a long table" * 1000]):
             pass
         assert received(theirs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
 import os
 import re
 import signal
@@ -16,8 +15,10 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import inf
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Final
@@ -26,15 +27,15 @@ import msgpack
 import numpy as np
 
 from instep.cluster.admin import serve_admin
-from instep.cluster.copies import MAX_MESSAGE_BYTES, CopiedShard, hold_copy, positions, settle
+from instep.cluster.copies import MAX_MESSAGE_BYTES, CopiedShard, hold_copy, positions, settle, term_of
 from instep.cluster.directory import DirectoryClient
-from instep.cluster.rules import NodeReport, ShardRole
+from instep.cluster.rules import ShardRole
 from instep.cluster.shards import claim, folder_of_sockets
 from instep.cluster.talk import Caller, NoAnswer, Rejected, keys_for
 from instep.config import Config
 from instep.frontends import CannotListen
 from instep.frontends.shards import Shard
-from instep.interrupts import end_with_parent, signal_name
+from instep.interrupts import ENDINGS, end_with_parent, signal_name
 from instep.recording.errors import RecordingError
 from instep.security.keys import ServerKeys
 from instep.server.checks import CannotServe, before_loading
@@ -50,16 +51,8 @@ DIRECTORY: Final = "directory"
 _VERSION: Final = 1
 """Of the messages between nodes."""
 _LOOK_EVERY_S: Final = 0.1
+_REACHED_WITHIN_S: Final = 2.0
 _MOST_BYTES: Final = 2**21
-_HELPS: Final = ShardRole(-1, 0)
-"""The role of the process that talks to the directory, and of the admin server."""
-
-
-class _Forked(BaseException):
-    """Leaves the agent's loop in a process that was forked."""
-
-    def __init__(self, task: Callable[[], int]) -> None:
-        self.task = task
 
 
 @dataclass(slots=True, eq=False)
@@ -68,10 +61,11 @@ class NodeProcess:
 
     pid: int
     pipe: socket.socket
-    role: ShardRole
-    endpoint: str = ""
-    was_told_to_end: bool = False
-    told: str = ""
+    serves: bool = False
+    """Whether it is a server that answers."""
+    is_ending: bool = False
+    """Whether it was told to end in order."""
+    told: int = 0
     """The version of the role that it has got."""
 
     def tell(self, message: Any) -> bool:
@@ -80,6 +74,24 @@ class NodeProcess:
             return self.pipe.send(msgpack.packb(message), socket.MSG_DONTWAIT) > 0
         except OSError:
             return False
+
+
+@dataclass(slots=True, eq=False)
+class NodeShard:
+    """What a node is to be for a shard in one term, and the process that is it."""
+
+    role: ShardRole
+    process: NodeProcess | None = None
+    has_ended: bool = False
+    """Whether the server has ended in order; said until the shard is served elsewhere."""
+    deaths: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_RESTARTS + 1))
+    kept: Kept = field(default_factory=Kept)
+
+    @property
+    def begins_at(self) -> float:
+        """The time of the next start: later with each death, and never after too many of them."""
+        recent = [at for at in self.deaths if at > self.deaths[-1] - WITHIN_S]
+        return inf if len(recent) > MOST_RESTARTS else recent[-1] + len(recent) / 2 if len(recent) > 1 else 0.0
 
 
 def received(pipe: socket.socket) -> list[Any]:
@@ -110,38 +122,134 @@ class Agent:
         self._log, self._sockets = launch.log, sockets
         self._folder = launch.config.recording.file
         self._port = int(launch.config.transport.endpoint.rpartition(":")[2])
-        self._relay = self._admin = NodeProcess(0, socket.socket(), _HELPS)
-        self._processes: dict[int, NodeProcess] = {}
-        self._roles: dict[int, ShardRole] = {}
-        self._told = ""
-        """The version of the roles."""
+        prepared = launch.prepared
+        self._about = (
+            name,
+            f"{host}:{self._port}",
+            f"version {_VERSION} of messages and the models {', '.join(sorted(each.model.name for each in prepared))}",
+            ", ".join(sorted({each.arithmetic for each in prepared})),
+        )
+        """The beginning of a `NodeReport`."""
+        self._roles: dict[tuple[int, int, bool], NodeShard] = {}
+        """By shard, term, and whether it is the server."""
+        self._version = 0
+        """Of the roles and of the table."""
         self._table: list[Any] = [[], []]
         self._has: dict[int, tuple[int, int]] = {}
-        self._ended: set[tuple[int, int]] = set()
-        """Shards and terms whose servers have ended in order; said until they are served elsewhere."""
-        self._deaths: dict[tuple[int, int], deque[float]] = {}
-        self._kept: dict[int, Kept] = {}
-        self._refusal = ""
         self._has_failed = False
-        """Whether a server did not end in order."""
+        """Whether a server did not end in order when the agent ended."""
         self._stops = 0
 
     def run(self) -> int:
-        """Take part until SIGTERM or SIGINT.
-
-        Returns:
-            The exit status; in a process that was forked, that of its task.
+        """Take part until SIGTERM or SIGINT, and return the exit status.
 
         Raises:
             CannotServe: the directory does not let the node take part.
+            SystemExit: in a process that was forked, with its exit status.
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         signal.signal(signal.SIGHUP, self._reload)
-        try:
-            return self._loop()
-        except _Forked as forked:
-            task = forked.task
+        self._relay, self._admin = self._fork(self._talk), self._fork(self._administer)
+        self._has = self._find_recordings()
+        say_at = 0.0
+        while not self._stops:
+            wait([self._relay.pipe, *(each.pipe for each in self._processes())], _LOOK_EVERY_S)
+            has_changed = self._bury() | self._hear_servers() | self._hear_directory()
+            if has_changed:
+                self._has = self._find_recordings()
+            if self._follow() or has_changed or time.monotonic() > say_at:
+                say_at = time.monotonic() + HEARD_EVERY_S
+                self._say()
+        return self._end()
+
+    def _processes(self) -> list[NodeProcess]:
+        return [each.process for each in self._roles.values() if each.process is not None]
+
+    # What is heard and said.
+
+    def _hear_directory(self) -> bool:
+        has_changed = False
+        for news in received(self._relay.pipe):
+            if isinstance(news, str) and not self._version:
+                raise CannotServe(news)
+            if news == []:  # it is about to find out who has what
+                self._has = self._find_recordings()
+            elif isinstance(news, list):
+                has_changed = True
+                self._version, roles, *self._table = news
+                wanted = {role[:3]: role for role in (ShardRole(*each) for each in roles)}
+                for former in self._roles.keys() - wanted.keys():
+                    self._kill(self._roles.pop(former))
+                for kind, role in wanted.items():
+                    self._roles.setdefault(kind, NodeShard(role)).role = role
+        return has_changed
+
+    def _hear_servers(self) -> bool:
+        began = [process for process in self._processes() if received(process.pipe)]
+        for process in began:
+            process.serves = True
+        return bool(began)
+
+    def _say(self) -> None:
+        """Give the directory a sign of life, and servers their newest roles and the table."""
+        roles = self._roles.values()
+        news = {
+            "serves": [
+                (*each.role[:2], self._endpoint(each)) for each in roles if each.process and each.process.serves
+            ],
+            "ended": [each.role[:2] for each in roles if each.has_ended],
+            "gone": [each.role[:2] for each in roles if self._is_gone(each)],
+        }
+        has = [(shard, *found) for shard, found in self._has.items()]
+        self._relay.tell(["heard", [*self._about, has], news, self._version])
+        for each in roles:
+            if each.role.is_server and each.process is not None and each.process.told != self._version:
+                is_told = each.process.tell([each.role, *self._table])
+                each.process.told = self._version if is_told else 0
+
+    def _endpoint(self, of: NodeShard) -> str:
+        return f"tcp://{self._host}:{self._port + of.role.shard}"
+
+    # What becomes of processes.
+
+    def _follow(self) -> bool:
+        """Begin what the node is to be, and end servers whose copies take their places; whether something began."""
+        has_begun = False
+        for each in self._roles.values():
+            role, process = each.role, each.process
+            if process is not None:
+                if role.ends and process.serves and not process.is_ending:
+                    self._end_server(process, role)
+            elif not (role.ends and each.has_ended) and not self._is_gone(each) and time.monotonic() > each.begins_at:
+                each.process = self._fork(partial(self._serve if role.is_server else self._hold, each))
+                each.has_ended, has_begun = False, True
+        return has_begun
+
+    def _is_gone(self, of: NodeShard) -> bool:
+        """Whether the server of a shard cannot begin here: its recording is not there, or it has died too often."""
+        is_lost = of.role.begun and of.process is None and of.role.shard not in self._has
+        return of.role.is_server and (is_lost or of.begins_at == inf)
+
+    def _fork(self, run: Callable[[socket.socket], int]) -> NodeProcess:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for each in (ours, theirs):
+            each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MOST_BYTES)
+        agent, before = os.getpid(), signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)  # none gets lost in the child
+        if pid := os.fork():
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+            return NodeProcess(pid, ours)
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        end_with_parent(agent, signal.SIGKILL)
+        for number in ENDINGS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGHUP})  # which waits for a handler
+        ours.close()
+        raise SystemExit(self._status_of(partial(run, theirs)))
+
+    def _status_of(self, task: Callable[[], int]) -> int:
         try:
             return task()
         except (CannotServe, CannotListen, InvalidInput, RecordingError, OSError) as error:
@@ -151,175 +259,54 @@ class Agent:
             self._log.error("bug in a process of the node", exc_info=error)
             return 1
 
-    def _loop(self) -> int:
-        say_at = 0.0
-        self._relay, self._admin = self._fork(_HELPS, self._talk), self._fork(_HELPS, self._administer)
-        self._has = self._find_recordings()
-        while not self._stops:
-            wait([each.pipe for each in (self._relay, *self._processes.values())], _LOOK_EVERY_S)
-            has_changed = self._bury() | self._hear_processes() | self._hear_directory() | self._follow()
-            if self._refusal and not self._told:
-                raise CannotServe(self._refusal)
-            self._tell_roles()
-            if has_changed or time.monotonic() > say_at:
-                say_at = time.monotonic() + HEARD_EVERY_S
-                self._say()
-        return self._end()
+    def _end_server(self, process: NodeProcess, role: ShardRole) -> None:
+        process.is_ending = True
+        process.tell([role._replace(ends=True), *self._table])
+        os.kill(process.pid, signal.SIGTERM)
 
-    def _say(self) -> None:
-        models = sorted(each.model.name for each in self._launch.prepared)
-        numerics = {each.arithmetic for each in self._launch.prepared}
-        about = NodeReport(
-            self._name,
-            f"{self._host}:{self._port}",
-            f"version {_VERSION} of messages and the models {', '.join(models)}",
-            ", ".join(sorted(numerics)),
-        )
-        has = [(shard, *found) for shard, found in self._has.items()]
-        news = {
-            "serves": [(k, each.role.term, each.endpoint) for k, each in self._processes.items() if each.endpoint],
-            "ended": sorted(self._ended),
-            "gone": [(role.shard, role.term) for role in self._roles.values() if self._is_gone(role)],
-        }
-        self._relay.tell(["heard", [*about[:-1], has], news, self._told])
+    def _kill(self, of: NodeShard) -> None:
+        if of.process is not None:
+            os.kill(of.process.pid, signal.SIGKILL)
+            os.waitpid(of.process.pid, 0)
+            self._remove(of, of.process)
 
-    def _hear_directory(self) -> bool:
-        has_changed = False
-        for is_granted, value in received(self._relay.pipe):
-            if value == []:  # it is about to find out who has what
-                self._has = self._find_recordings()
-            elif is_granted and value is not None:
-                has_changed = True
-                self._told, roles, *self._table = value
-                self._roles = {role.shard: role for role in (ShardRole(*each) for each in roles)}
-            refusal = "" if is_granted else value
-            if refusal != self._refusal and refusal:
-                self._log.error("refused by the directory", reason=refusal)
-            self._refusal = refusal
-        return has_changed
-
-    def _hear_processes(self) -> bool:
-        has_changed = False
-        for process in self._processes.values():
-            for endpoint in received(process.pipe):
-                has_changed, process.endpoint = True, endpoint
-                if not endpoint and process.was_told_to_end:
-                    self._ended.add((process.role.shard, process.role.term))
-                self._has = self._find_recordings()
-        return has_changed
-
-    def _tell_roles(self) -> None:
-        """Send each server its newest role and the table, again where there was no room before."""
-        for shard, process in self._processes.items():
-            if process.role.is_server and process.told != self._told and (role := self._roles.get(shard)) is not None:
-                process.told = self._told if process.tell([role, *self._table]) else ""
-
-    # What becomes of processes.
-
-    def _follow(self) -> bool:
-        """Kill what is not wanted any more, and fork what is."""
-        before = {each.pid for each in self._processes.values()}
-        for shard, process in list(self._processes.items()):
-            wanted = self._roles.get(shard)
-            if wanted is None or wanted[:3] != process.role[:3]:
-                self._kill(shard)
-        for shard, role in self._roles.items():
-            of = shard, role.term
-            if shard in self._processes:
-                process = self._processes[shard]
-                if role.ends and process.endpoint and not process.was_told_to_end:
-                    process.was_told_to_end = True
-                    os.kill(process.pid, signal.SIGTERM)
-            elif not (of in self._ended and role.ends) and not self._is_gone(role) and self._may_begin(of):
-                self._ended.discard(of)
-                self._kept.setdefault(shard, Kept())
-                self._processes[shard] = self._fork(role, self._serve if role.is_server else self._hold)
-        self._ended = {of for of in self._ended if of[0] in self._roles}
-        self._kept = {shard: kept for shard, kept in self._kept.items() if shard in self._roles}
-        return before != {each.pid for each in self._processes.values()}
-
-    def _is_gone(self, role: ShardRole) -> bool:
-        """Whether the server of a shard cannot begin here: its recording is not there, or it has died too often."""
-        is_lost = role.begun and role.shard not in (*self._has, *self._processes)
-        return role.is_server and (is_lost or (role.shard, role.term) in self._given_up())
-
-    def _may_begin(self, of: tuple[int, int]) -> bool:
-        """Whether a process that has died may be started again now, which is later with each death."""
-        deaths = self._deaths.get(of)
-        if deaths is None or len(deaths) < 2:
-            return True
-        return len(deaths) <= MOST_RESTARTS and time.monotonic() > deaths[-1] + len(deaths) / 2
-
-    def _fork(self, role: ShardRole, run: Callable[..., int]) -> NodeProcess:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        for each in (ours, theirs):
-            each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MOST_BYTES)
-        agent = os.getpid()
-        if pid := os.fork():
-            theirs.close()
-            return NodeProcess(pid, ours, role)
-        os.setpgid(0, 0)
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-        end_with_parent(agent, signal.SIGKILL)
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # until it has a handler
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        ours.close()
-        raise _Forked(lambda: run(role, theirs))
-
-    def _kill(self, shard: int) -> None:
-        process = self._processes[shard]
-        os.kill(process.pid, signal.SIGKILL)
-        os.waitpid(process.pid, 0)
-        self._remove(process)
-
-    def _remove(self, process: NodeProcess) -> None:
-        del self._processes[process.role.shard]
+    def _remove(self, of: NodeShard, process: NodeProcess) -> None:
         process.pipe.close()
-        (self._sockets / str(process.role.shard)).unlink(missing_ok=True)
-        self._has = self._find_recordings()
+        (self._sockets / str(of.role.shard)).unlink(missing_ok=True)
+        of.process = None
 
     def _bury(self) -> bool:
-        """Forget the processes that have ended."""
+        """Forget the processes that have ended; whether one was that of a shard."""
         has_changed = False
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # as PID 1, also of those whose parents have died
-                has_changed |= self._forget(*ended)
+                has_changed |= self._forget(ended[0], os.waitstatus_to_exitcode(ended[1]))
         return has_changed
 
-    def _forget(self, pid: int, status: int) -> bool:
+    def _forget(self, pid: int, code: int) -> bool:
         if pid == self._relay.pid:
             self._relay.pipe.close()
-            self._relay = self._fork(_HELPS, self._talk)
-        elif pid == self._admin.pid:
-            self._admin.pid = 0  # as it is to be without http.endpoint, or where that cannot be used
-            if os.WIFSIGNALED(status):
-                self._admin = self._fork(_HELPS, self._administer)
-        for process in list(self._processes.values()):
-            if process.pid == pid:
-                self._remove(process)
-                self._note_end(process, status)
+            self._relay = self._fork(self._talk)
+        elif pid == self._admin.pid and code < 0:  # it ends by itself without http.endpoint, or where that is in use
+            self._admin = self._fork(self._administer)
+        for each in self._roles.values():
+            if each.process is not None and each.process.pid == pid:
+                self._note_end(each, each.process, code)
                 return True
         return False
 
-    def _note_end(self, process: NodeProcess, status: int) -> None:
-        of = process.role.shard, process.role.term
-        if status == 0 and process.was_told_to_end:
-            self._ended.add(of)
-        if self._stops or of in self._ended:
-            self._has_failed |= status != 0
+    def _note_end(self, of: NodeShard, process: NodeProcess, code: int) -> None:
+        self._remove(of, process)
+        of.has_ended = process.is_ending and code == 0
+        self._has_failed |= process.is_ending and code != 0
+        if self._stops or of.has_ended:
             return
-        self._deaths = {each: deaths for each, deaths in self._deaths.items() if each[0] != of[0] or each == of}
-        deaths = self._deaths.setdefault(of, deque(maxlen=MOST_RESTARTS + 1))
-        deaths.append(time.monotonic())
-        while deaths[0] < deaths[-1] - WITHIN_S:
-            deaths.popleft()
-        code = os.waitstatus_to_exitcode(status)
+        of.deaths.append(time.monotonic())
         how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with status {code}"
-        reason = f"its {'server' if process.role.is_server else 'copy'} {how}"
-        if len(deaths) > MOST_RESTARTS:
+        reason = f"its {'server' if of.role.is_server else 'copy'} {how}"
+        if gives_up := of.begins_at == inf:
             reason += f", {MOST_RESTARTS} restarts within a minute have not helped"
-        self._log.error("failed" if len(deaths) > MOST_RESTARTS else "restarting", shard=of[0], reason=reason)
+        self._log.error("failed" if gives_up else "restarting", shard=of.role.shard, reason=reason)
 
     # Signals.
 
@@ -327,58 +314,57 @@ class Agent:
         self._stops += 1
 
     def _reload(self, *_: object) -> None:
-        self._signal_servers(signal.SIGHUP)
-
-    def _signal_servers(self, number: int) -> None:
-        for each in self._processes.values():
-            if each.role.is_server:
-                os.kill(each.pid, number)
+        for each in self._roles.values():
+            if each.role.is_server and each.process is not None:
+                os.kill(each.process.pid, signal.SIGHUP)
 
     def _end(self) -> int:
         """End the servers in order, then everything else; a second signal does not wait."""
         self._log.info("stopping", hint="ending servers in order; interrupt again to force")
-        self._signal_servers(signal.SIGTERM)
-        while self._stops == 1 and any(each.role.is_server for each in self._processes.values()):
+        for each in self._roles.values():
+            if each.process is not None and each.process.serves:
+                self._end_server(each.process, each.role)
+        while self._stops == 1 and any(process.is_ending for process in self._processes()):
             time.sleep(_LOOK_EVERY_S)
             self._bury()
             self._say()  # it is not lost, and still has copies
-        for shard in list(self._processes):
-            self._kill(shard)
+        for each in self._roles.values():
+            self._kill(each)
         if self._stops > 1:
             return 130
-        return int(self._has_failed or bool(self._given_up()))
-
-    def _given_up(self) -> list[tuple[int, int]]:
-        return [of for of, deaths in self._deaths.items() if len(deaths) > MOST_RESTARTS]
+        return int(self._has_failed or any(each.begins_at == inf for each in self._roles.values()))
 
     # What the forked processes do.
 
-    def _talk(self, role: ShardRole, pipe: socket.socket) -> int:
+    def _talk(self, pipe: socket.socket) -> int:
         """Pass messages on between the agent and the directory."""
-        caller = self._call(self._directory, DIRECTORY)
+        caller, problem = self._call(self._directory, DIRECTORY), ""
         while True:
-            for message in received(pipe):
-                with suppress(NoAnswer):
-                    caller.send(*message)
             try:
+                for message in received(pipe):
+                    caller.send(*message, within_s=_REACHED_WITHIN_S)
                 if (answer := caller.receive(60.0, pipe)) is not None:
-                    pipe.send(msgpack.packb([True, answer[1]]))
-            except Rejected as error:
-                pipe.send(msgpack.packb([False, str(error)]))
-            except NoAnswer:
-                continue  # the agent says everything again
+                    problem = ""
+                    pipe.send(msgpack.packb(answer[1]))
+            except (NoAnswer, Rejected) as error:  # the agent says everything again
+                if not problem:
+                    self._log.warning("waits for the directory", reason=str(error))
+                problem = str(error)
+                if isinstance(error, Rejected):
+                    pipe.send(msgpack.packb(problem))
             except BrokenPipeError:
                 return 0  # the agent has ended
 
-    def _serve(self, role: ShardRole, pipe: socket.socket) -> int:
-        log, config = self._log.bind(shard=role.shard), self._launch.config
+    def _serve(self, of: NodeShard, pipe: socket.socket) -> int:
+        role, config, log = of.role, self._launch.config, self._log.bind(shard=of.role.shard)
         table, admin = _as_table(*self._table), self._sockets / str(role.shard)
         place = Shard(role.shard, self._shards, role.term, table, admin=admin)
+        directory = DirectoryClient(self._call(self._directory, DIRECTORY), log)
         copied = CopiedShard(
             place,
             self._name,
             self._folder_of(role.shard),
-            DirectoryClient(self._call(self._directory, DIRECTORY), log),
+            directory,
             lambda role: self._call(role.address, role.other),
             config.recording.durability,
             log,
@@ -389,35 +375,31 @@ class Agent:
 
         def on_ready(endpoint: str) -> None:
             copied.start()
-            pipe.send(msgpack.packb(f"tcp://{self._host}:{endpoint.rpartition(':')[2]}"))
+            pipe.send(msgpack.packb("serves"))
             asyncio.get_running_loop().add_reader(pipe, hear)
 
         def hear() -> None:
-            for role, *table in received(pipe):
-                place.table = _as_table(*table)
-                copied.follow(ShardRole(*role))
-
-        def reread() -> Config:  # models stay: the next process of any shard here is a fork that has these
-            return self._launch.reread().model_copy(update={"model": config.model}).of_shard(role.shard)
+            for heard, *table in received(pipe):
+                role, place.table = ShardRole(*heard), _as_table(*table)
+                directory.is_ending |= role.ends
+                copied.follow(role)
 
         launch = replace(
             self._launch,
             config=config.of_shard(role.shard),
-            reread=reread,
+            reread=lambda: self._launch.reread().of_shard(role.shard),
             log=log,
             service_manager=ServiceManager({}, log, self._shards),
             shard=place,
         )
-        status = serve_one(launch, self._kept[role.shard], on_ready)
-        if status == 0:
-            pipe.send(msgpack.packb(""))  # before the interpreter has ended, which takes longer
-        return status
+        return serve_one(launch, of.kept, on_ready)
 
-    def _hold(self, role: ShardRole, pipe: socket.socket) -> int:
+    def _hold(self, of: NodeShard, pipe: socket.socket) -> int:
+        role = of.role
         transport = self._launch.config.of_shard(self._shards + role.shard).node_transport
         hold_copy(transport, ServerKeys.read(transport), self._folder_of(role.shard), role.term)
 
-    def _administer(self, role: ShardRole, pipe: socket.socket) -> int:
+    def _administer(self, pipe: socket.socket) -> int:
         return asyncio.run(serve_admin(self._launch.config.http, self._sockets, self._log))
 
     def _call(self, endpoint: str, name: str) -> Caller:
@@ -429,20 +411,14 @@ class Agent:
 
     def _find_recordings(self) -> dict[int, tuple[int, int]]:
         """The term and the position of each shard's recordings here."""
-        found = {}
-        for shard, folder in ((shard, self._folder_of(shard)) for shard in range(self._shards)):
-            if shard not in self._processes:
+        found, in_use = {}, {each.role.shard for each in self._roles.values() if each.process is not None}
+        for shard in range(self._shards):
+            folder = self._folder_of(shard)
+            if shard not in in_use:
                 settle(folder)
             if files := positions(folder):
-                found[shard] = _term(folder), sum(max(0, position) for position in files.values())
+                found[shard] = term_of(folder), sum(max(0, position) for position in files.values())
         return found
-
-
-def _term(folder: Path) -> int:
-    for note in (folder / "complete.json", folder.with_name(f".{folder.name}.json")):
-        with suppress(OSError, ValueError, KeyError):
-            return int(json.loads(note.read_text())["term"])
-    return 0
 
 
 def _as_table(terms: list[int], endpoints: list[str]) -> ShardTable:
@@ -466,11 +442,8 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
     if folder is None or config.recording.durability == "memory":
         raise CannotServe("a node records: give --record FOLDER, and recording.durability commit or fsync")
     log = make_log(config.log)
-    caller = Caller(f"tcp://{directory}", keys_for(config.node_transport, DIRECTORY))
-    try:
+    with closing(Caller(f"tcp://{directory}", keys_for(config.node_transport, DIRECTORY))) as caller:
         shards = DirectoryClient(caller, log).shards()
-    finally:
-        caller.close()
     if int(place[2]) + 2 * shards > 65_536:
         raise CannotServe(
             f"{shards} servers and {shards} copies need ports from {place[2]} on, and the last one is 65535"
@@ -478,7 +451,11 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
     name = name or socket.gethostname()
     found = before_loading(config, restart=True, shards=shards)
     problems = (each for each in found if each.severity == "problem")
-    with launching(config, problems, reread, supervised=True) as launch, folder_of_sockets() as sockets:
+
+    def reread_rest() -> Config:  # models stay: the next process of any shard here is a fork that has these
+        return reread().model_copy(update={"model": config.model})
+
+    with launching(config, problems, reread_rest, supervised=True) as launch, folder_of_sockets() as sockets:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "agent.lock").open("w") as lock:
             try:

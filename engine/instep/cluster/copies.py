@@ -390,6 +390,11 @@ def positions(folder: Path) -> dict[str, int]:
     return found
 
 
+def term_of(folder: Path) -> int:
+    """The term of the server that wrote the recordings in a folder; 0 if none has answered anything."""
+    return int(_read_note(folder / COMPLETE).get("term", 0))
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"*{SUFFIX}"))
 

@@ -23,6 +23,7 @@ from instep.cluster.rules import Assignments, ClusterRefused, NodeReport, ShardR
 from instep.cluster.talk import Caller, Listener, NoAnswer, NodeRequest, Rejected
 from instep.config import Config
 from instep.frontends import CannotListen
+from instep.recording.errors import RecordingError
 from instep.security.keys import ServerKeys
 from instep.security.principals import Principals
 from instep.server.checks import CannotServe
@@ -33,6 +34,8 @@ TICK_S: Final = 0.1
 _BY_SERVERS: Final = ("begins", "attached", "dropped", "behind")
 _BY_OPERATORS: Final = ("move", "drain", "undrain", "accept_loss")
 _ASK_WITHIN_S: Final = 2.0
+_PATIENCE_S: Final = 3.0
+"""A server that ends waits so long for an answer."""
 _SETTLES_S: Final = 1.0
 """After a start, agents say within this time where their nodes are."""
 
@@ -280,6 +283,8 @@ class DirectoryClient:
     def __init__(self, caller: Caller, log: structlog.stdlib.BoundLogger) -> None:
         self._caller, self._log = caller, log
         self._asking = threading.Lock()
+        self.is_ending = False
+        """Whether the server ends, and does not wait for ever."""
 
     def shards(self) -> int:
         """The number of shards of the cluster."""
@@ -291,7 +296,7 @@ class DirectoryClient:
         return None if role is None else ShardRole(*role)
 
     def _ask(self, verb: str, *arguments: Any) -> Any:
-        reported = False
+        reported, until_s = False, time.monotonic() + _PATIENCE_S
         while True:
             try:
                 with self._asking:
@@ -300,6 +305,8 @@ class DirectoryClient:
                 if not reported:
                     self._log.warning("waits for the directory", asks=verb, reason=str(error))
                 reported = True
+                if self.is_ending and time.monotonic() > until_s:
+                    raise RecordingError(f"the directory, which is asked for {verb!r}, is away: {error}") from None
                 time.sleep(TICK_S)
 
     attached = partialmethod(_ask, "attached")

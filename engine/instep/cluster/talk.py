@@ -32,6 +32,10 @@ _OPTIONS: Final = {
     zmq.HEARTBEAT_TIMEOUT: 2000,
     zmq.HEARTBEAT_TTL: 10_000,
 }
+_KEYS: Final = (
+    " before anything was answered: do the keys fit? Each node has one of its own (cluster.key_file), "
+    "which the others' transport.peers_file names with the role node"
+)
 
 
 class NoAnswer(Exception):
@@ -136,36 +140,32 @@ class Listener:
 class Caller:
     """Asks what listens at an endpoint; for one thread.
 
+    A connection that is lost is made again, and whoever asks learns that it was lost.
+
     Args:
         endpoint: `tcp://HOST:PORT` or `ipc://PATH`.
         keys: the listener's public key, and the caller's own; None without keys.
         max_bytes: the longest message that is taken.
+
+    Raises:
+        InvalidInput: it is not an endpoint.
     """
 
     def __init__(self, endpoint: str, keys: ClientKeys | None = None, max_bytes: int = 2**24) -> None:
-        self._endpoint, self._keys, self._max_bytes = endpoint, keys, max_bytes
+        self._endpoint, self._number, self._was_answered = endpoint, 0, False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket: zmq.Socket[bytes] | None = None
-        self._number = 0
-
-    @property
-    def socket(self) -> zmq.Socket[bytes]:
-        """The socket; another one after a connection was lost."""
-        if self._socket is None:
-            self._socket = socket = self._context.socket(zmq.DEALER)
-            for option, value in _OPTIONS.items():
-                socket.set(option, value)
-            socket.set(zmq.MAXMSGSIZE, self._max_bytes)
-            if self._keys is not None:
-                keys = (key.encode() for key in self._keys)
-                socket.curve_serverkey, socket.curve_publickey, socket.curve_secretkey = keys
-            self._losses = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-            try:
-                socket.connect(self._endpoint)
-            except zmq.ZMQError as error:
-                self._reconnect()
-                raise NoAnswer(f"{self._endpoint!r} cannot be reached: {error}") from None
-        return self._socket
+        self._socket = self._context.socket(zmq.DEALER)
+        for option, value in {**_OPTIONS, zmq.MAXMSGSIZE: max_bytes}.items():
+            self._socket.set(option, value)
+        if keys is not None:
+            encoded = (key.encode() for key in keys)
+            self._socket.curve_serverkey, self._socket.curve_publickey, self._socket.curve_secretkey = encoded
+        self._losses = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            raise InvalidInput(f"{endpoint!r} is not tcp://HOST:PORT: {error}") from None
 
     def send(self, verb: str, *arguments: Any, within_s: float = 0.0) -> int:
         """Send a request, and return its number.
@@ -176,7 +176,7 @@ class Caller:
         self._number += 1
         if not self._is_ready(zmq.POLLOUT, within_s):
             raise NoAnswer(f"{self._endpoint} cannot be reached")
-        self.socket.send(msgpack.packb([self._number, verb, *arguments]), zmq.NOBLOCK)
+        self._socket.send(msgpack.packb([self._number, verb, *arguments]), zmq.NOBLOCK)
         return self._number
 
     def receive(self, within_s: float, *others: Any) -> tuple[int, Any] | None:
@@ -188,19 +188,21 @@ class Caller:
         """
         if not self._is_ready(zmq.POLLIN, within_s, *others):
             return None
-        number, is_granted, value = unpack(self.socket.recv_multipart())
+        number, is_granted, value = unpack(self._socket.recv_multipart())
+        self._was_answered = True
         if not is_granted:
             raise Rejected(value)
         return number, value
 
     def _is_ready(self, event: int, within_s: float, *others: Any) -> bool:
-        socket = self.socket
-        awaited = [(socket, event), *((each, zmq.POLLIN) for each in (self._losses, *others))]
+        awaited = [(self._socket, event), *((each, zmq.POLLIN) for each in (self._losses, *others))]
         ready = [each for each, _ in zmq.zmq_poll(awaited, max(0, round(within_s * 1000)))]
-        if socket not in ready and self._losses in ready:
-            self._reconnect()
-            raise NoAnswer(f"the connection to {self._endpoint} is lost")
-        return socket in ready
+        if self._socket not in ready and self._losses in ready:
+            while self._losses.poll(0):
+                self._losses.recv_multipart()
+            hint = "" if self._was_answered else _KEYS
+            raise NoAnswer(f"the connection to {self._endpoint} is lost{hint}")
+        return self._socket in ready
 
     def ask(self, verb: str, *arguments: Any, within_s: float) -> Any:
         """Send a request, and return its answer. Late answers to earlier ones are dropped.
@@ -214,20 +216,11 @@ class Caller:
         while (answer := self.receive(until_s - time.monotonic())) is not None:
             if answer[0] == number:
                 return answer[1]
-        self._reconnect()
         raise NoAnswer(f"{self._endpoint} has not answered within {within_s:g} s")
 
-    def _reconnect(self) -> None:
-        if self._socket is not None:
-            self._socket.disable_monitor()
-            self._losses.close()
-            self._socket.close()
-            self._socket = None
-
     def close(self) -> None:
-        """End."""
-        self._reconnect()
-        self._context.term()
+        """End; the second time does nothing."""
+        self._context.destroy(linger=0)
 
 
 def unpack(parts: list[bytes]) -> list[Any]:
