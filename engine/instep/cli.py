@@ -239,11 +239,10 @@ def up(
     """
     from instep.cluster.ray import up
     from instep.config import load_config
-    from instep_tools.terminal import Terminal
 
     port = load_config(given.file, given.flags).transport.endpoint.rpartition(":")[2]
     loaded = load_config(given.file, {**given.flags, "transport.endpoint": f"tcp://0.0.0.0:{port}"})
-    Terminal(False).say(f"The directory is at {up(loaded, shards, copies, adopt)}")
+    typer.echo(f"The directory is at {up(loaded, shards, copies, adopt)}")
 
 
 @cluster_app.command(
