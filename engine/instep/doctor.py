@@ -48,7 +48,7 @@ def doctor(file: Path | None, flags: Mapping[str, str], demo: Path, as_json: boo
     findings += _disk(config or Config(), facts)
     if config is not None:
         if config.model.folder is None:
-            config = config.model_copy(update={"model": config.model.model_copy(update={"folder": demo})})
+            config = config.with_values({"model.folder": demo})
         try:
             rehearse(config, _collecting(findings, facts))
         except (CannotServe, ModelError) as error:

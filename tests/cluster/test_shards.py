@@ -6,7 +6,8 @@ import re
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,16 @@ from tests.support.streaming import random_frames
 TOKEN = "a-token-of-a-test-and-of-nothing-else"
 
 
+@dataclass
 class Cluster:
     """Two shards that record, and their admin server."""
 
-    def __init__(self, served: Served, port: int, http: str) -> None:
-        self.served = served
-        self.port = port
-        self.http = httpx.Client(base_url=f"http://{http}", headers={"authorization": f"Bearer {TOKEN}"}, timeout=30)
+    served: Served
+    port: int
+    http: httpx.Client
 
     def endpoint(self, shard: int) -> str:
         return f"tcp://127.0.0.1:{self.port + shard}"
-
-    def until(self, event: str, shard: int) -> dict[str, Any]:
-        """The next line of this event about a shard."""
-        while True:
-            line = self.served.until(event)
-            if line.get("shard") == shard:
-                return line
 
     def process(self, shard: int) -> psutil.Process:
         return psutil.Process(self.http.get("/api/stats").json()["shards"][shard]["pid"])
@@ -67,41 +61,39 @@ def take(port: int) -> socket.socket:
 @pytest.fixture
 def arguments(tmp_path: Path) -> list[str]:
     write_model(tmp_path / "model", SMALL)
-    (tmp_path / "tokens").write_text(f"one: {TOKEN}\n")
     return ["--shards", "2", "--record", str(tmp_path / "recordings")]
 
 
-@contextmanager
-def running(tmp_path: Path, arguments: list[str]) -> Iterator[Cluster]:
+@pytest.fixture
+def cluster(tmp_path: Path, arguments: list[str]) -> Iterator[Cluster]:
+    (tmp_path / "tokens").write_text(f"one: {TOKEN}\n")
     port = free_ports(3)
-    http = ["--http", f"127.0.0.1:{port + 2}", "--set", f"http.token_file={tmp_path / 'tokens'}"]
-    endpoint = f"tcp://127.0.0.1:{port}"
-    with serving(tmp_path / "model", *arguments, *http, endpoint=endpoint, start_new_session=True) as served:
-        ready = {line["shard"]: line for line in (served.until("serving"), served.until("serving"))}
-        assert {shard: line["endpoint"] for shard, line in ready.items()} == {
-            0: endpoint,
-            1: f"tcp://127.0.0.1:{port + 1}",
-        }
-        if not any(line["event"] == "admin server" for line in served.lines):
-            served.until("admin server")
-        cluster = Cluster(served, port, http[1])
-        with cluster.http:
-            yield cluster
+    http = f"127.0.0.1:{port + 2}"
+    arguments += ["--http", http, "--set", f"http.token_file={tmp_path / 'tokens'}"]
+    with (
+        serving(tmp_path / "model", *arguments, endpoint=f"tcp://127.0.0.1:{port}", start_new_session=True) as served,
+        httpx.Client(base_url=f"http://{http}", headers={"authorization": f"Bearer {TOKEN}"}, timeout=30) as client,
+    ):
+        cluster = Cluster(served, port, client)
+        lines = [served.until("serving", "admin server") for _ in range(3)]
+        endpoints = {line["shard"]: line["endpoint"] for line in lines if line["event"] == "serving"}
+        assert endpoints == {shard: cluster.endpoint(shard) for shard in (0, 1)}
+        yield cluster
 
 
 @pytest.mark.heavy
 def test_a_killed_shard_comes_back_with_its_streams_and_signals_and_numbers_are_those_of_all(
-    arguments: list[str], tmp_path: Path, rng: np.random.Generator
+    cluster: Cluster, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     names = [next(name for name in map(str, range(99)) if shard_of(name, 2) == shard) for shard in (0, 1)]
     x = random_frames(rng, 40)[:, 0]
-    with running(tmp_path, arguments) as cluster, Client(cluster.endpoint(0)) as client:
+    with Client(cluster.endpoint(0)) as client:
         streams = list(map(client.open, names))
         y = [[stream.step(x[:20])] for stream in streams]
         pids = [cluster.process(shard).pid for shard in (0, 1)]
         cluster.process(1).kill()
-        assert cluster.until("restarting", 1)["level"] == "error"
-        cluster.until("serving", 1)
+        assert cluster.served.until("restarting", shard=1)["level"] == "error"
+        cluster.served.until("serving", shard=1)
         for stream, outputs in zip(streams, y, strict=True):
             outputs.append(stream.step(x[20:]))
             np.testing.assert_array_equal(np.concatenate(outputs), whole(SMALL, x)[0])
@@ -146,41 +138,37 @@ def check_admin(cluster: Cluster) -> None:
 
 
 @pytest.mark.heavy
-def test_a_shard_that_dies_again_and_again_is_given_up_and_the_others_go_on(
-    arguments: list[str], tmp_path: Path
-) -> None:
-    with running(tmp_path, arguments) as cluster:
-        for _ in range(MOST_RESTARTS):
-            cluster.process(1).kill()
-            cluster.until("serving", 1)
+def test_a_shard_that_dies_again_and_again_is_given_up_and_the_others_go_on(cluster: Cluster) -> None:
+    for _ in range(MOST_RESTARTS):
         cluster.process(1).kill()
-        assert cluster.until("failed", 1)["level"] == "error"
-        with Client(cluster.endpoint(0)) as client:
-            client.ping()
-        for path in ("/healthz", "/readyz"):
-            answer = cluster.http.get(path)
-            assert answer.status_code == 503
-            assert "shard 1" in answer.json()["error"]["message"]
-        assert cluster.http.get("/shards/1/api/stats").status_code == 503
-        assert [each["ready"] for each in cluster.http.get("/api/stats").json()["shards"]] == [True, False]
-        cluster.served.process.send_signal(signal.SIGINT)
-        cluster.served.end()
+        cluster.served.until("serving", shard=1)
+    cluster.process(1).kill()
+    assert cluster.served.until("failed", shard=1)["level"] == "error"
+    with Client(cluster.endpoint(0)) as client:
+        client.ping()
+    for path in ("/healthz", "/readyz"):
+        answer = cluster.http.get(path)
+        assert answer.status_code == 503
+        assert "shard 1" in answer.json()["error"]["message"]
+    assert cluster.http.get("/shards/1/api/stats").status_code == 503
+    assert [each["ready"] for each in cluster.http.get("/api/stats").json()["shards"]] == [True, False]
+    cluster.served.process.send_signal(signal.SIGINT)
+    cluster.served.end()
     assert cluster.served.process.returncode == 1
 
 
 @pytest.mark.heavy
-def test_a_port_that_is_taken_at_a_restart_is_tried_again(arguments: list[str], tmp_path: Path) -> None:
-    with running(tmp_path, arguments) as cluster:
-        supervisor, server = psutil.Process(cluster.served.process.pid), cluster.process(1)
-        supervisor.suspend()
-        server.kill()
-        with take(cluster.port + 1):
-            supervisor.resume()
-            assert "SIGKILL" in cluster.until("restarting", 1)["reason"]
-            assert "SIGKILL" not in cluster.until("restarting", 1)["reason"]
-        cluster.until("serving", 1)
-        with Client(cluster.endpoint(1)) as client:
-            client.ping()
+def test_a_port_that_is_taken_at_a_restart_is_tried_again(cluster: Cluster) -> None:
+    supervisor, server = psutil.Process(cluster.served.process.pid), cluster.process(1)
+    supervisor.suspend()
+    server.kill()
+    with take(cluster.port + 1):
+        supervisor.resume()
+        assert "SIGKILL" in cluster.served.until("restarting", shard=1)["reason"]
+        assert "SIGKILL" not in cluster.served.until("restarting", shard=1)["reason"]
+    cluster.served.until("serving", shard=1)
+    with Client(cluster.endpoint(1)) as client:
+        client.ping()
 
 
 @pytest.mark.heavy
@@ -194,56 +182,49 @@ def test_a_shard_that_cannot_begin_ends_all(arguments: list[str], tmp_path: Path
     assert f"{tmp_path}/s.1" in reason
 
 
-def problems(count: int, endpoint: str = "tcp://127.0.0.1:*", http: str = "off", **recording: Path) -> list[str]:
-    config = Config.model_validate(
-        {"transport": {"endpoint": endpoint}, "recording": recording, "http": {"endpoint": http}}
-    )
-    return [str(each) for each in before_loading(config, shards=count) if each.severity == "problem"]
+def configured(endpoint: str, record: Path | None = None, http: str = "off", model: Path | None = None) -> Config:
+    sections = {"model": {"folder": model}, "transport": {"endpoint": endpoint}, "http": {"endpoint": http}}
+    return Config.model_validate({**sections, "recording": {"file": record}})
+
+
+def problems(config: Config, shards: int) -> list[str]:
+    return [str(each) for each in before_loading(config, shards=shards) if each.severity == "problem"]
 
 
 def test_ports_that_are_taken_or_do_not_exist_are_refused_before_anything_starts() -> None:
-    for endpoint in ("tcp://127.0.0.1:*", "tcp://127.0.0.1:65533"):
-        (problem,) = problems(4, endpoint)
+    for endpoint in ("tcp://127.0.0.1:*", "tcp://127.0.0.1:65534"):
+        (problem,) = problems(configured(endpoint), 3)
         assert endpoint in problem
     port = free_ports(3)
-    assert problems(3, f"tcp://127.0.0.1:{port}") == []
-    (problem,) = problems(3, f"tcp://127.0.0.1:{port}", http=f"127.0.0.1:{port + 2}")
+    endpoint = f"tcp://127.0.0.1:{port}"
+    assert problems(configured(endpoint), 3) == []
+    (problem,) = problems(configured(endpoint, http=f"127.0.0.1:{port + 2}"), 3)
     assert "http.endpoint" in problem
     with socket.create_server(("127.0.0.1", port + 2)):
-        (problem,) = problems(3, f"tcp://127.0.0.1:{port}")
-        assert re.match(rf"shard 2: .*:{port + 2}\b", problem)
+        (problem,) = problems(configured(endpoint), 3)
+    assert re.match(rf"shard 2: .*:{port + 2}\b", problem)
 
 
 def test_recordings_of_another_number_of_shards_are_refused(arguments: list[str], tmp_path: Path) -> None:
-    endpoint, folder = f"ipc://{tmp_path}/s", tmp_path / "recordings"
-    config = Config.model_validate(
-        {
-            "model": {"folder": tmp_path / "model"},
-            "transport": {"endpoint": endpoint},
-            "recording": {"file": folder},
-            "http": {"endpoint": "off"},
-        }
-    )
-    told: list[dict[str, Any]] = []
+    folder, told = tmp_path / "recordings", list[dict[str, Any]]()
+    config = configured(f"ipc://{tmp_path}/s", folder, model=tmp_path / "model")
     rehearse(config, log_into(told), shards=4)
-    assert [line["endpoint"] for line in told if line["event"] == "can serve"] == [f"{endpoint}.{k}" for k in range(4)]
+    endpoints = [line["endpoint"] for line in told if line["event"] == "can serve"]
+    assert endpoints == [f"ipc://{tmp_path}/s.{shard}" for shard in range(4)]
     assert not folder.exists(), "nothing was written"
     for count in (6, 4):
         claim(folder, count)  # nothing was recorded, and 6 does not count
     (folder / "shard-2" / "small.instep").touch()
-    assert problems(4, endpoint, file=folder) == []
+    assert problems(config, 4) == []
     for count in (6, 1):
-        (problem,) = problems(count, endpoint, file=folder)
+        (problem,) = problems(config, count)
         assert f"of 4 shards, not {count}" in problem
     with pytest.raises(CannotServe, match="of 4 shards, not 2"):
         rehearse(config, log_into([]), shards=2)
     (folder / "shards").unlink()
     with pytest.raises(RecordingError, match=re.escape(str(folder / "shards"))):
-        problems(4, endpoint, file=folder)
-    (problem,) = problems(2, endpoint, file=tmp_path / "r.instep")
-    assert str(tmp_path / "r.instep") in problem
-    lone = tmp_path / "lone"
-    lone.mkdir()
-    (lone / "ears.instep").touch()
-    (problem,) = problems(2, endpoint, file=lone)
-    assert f"in {lone} are of 1 shards, not 2" in problem
+        problems(config, 4)
+    (tmp_path / "ears.instep").touch()
+    for wrong, reason in ((tmp_path / "ears.instep", "is not a folder"), (tmp_path, "are of 1 shards, not 2")):
+        (problem,) = problems(configured(f"ipc://{tmp_path}/s", wrong), 2)
+        assert f"{wrong} {reason}" in problem

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -21,6 +19,7 @@ from instep.recording.reader import RecordingReader
 from instep.server.supervisor import MOST_RESTARTS
 from instep_client import Client
 from tests.support.models import SMALL, plain, whole
+from tests.support.ports import free_ports
 from tests.support.served import Served, serving
 from tests.support.streaming import random_frames
 
@@ -31,24 +30,14 @@ pytestmark = pytest.mark.heavy
 def supervised(tmp_path: Path) -> Iterator[tuple[Served, str]]:
     """A supervised server that records, with a configuration file, and its endpoint."""
     write_model(tmp_path / "model", SMALL)
-    with (
-        closing(socket.create_server(("127.0.0.1", 0))) as probe,
-        closing(socket.create_server(("127.0.0.1", 0))) as admin,
-    ):
-        endpoint, http = (f"127.0.0.1:{each.getsockname()[1]}" for each in (probe, admin))
+    port = free_ports(2)
+    endpoint, http = f"tcp://127.0.0.1:{port}", f"127.0.0.1:{port + 1}"
     (tmp_path / "c.yaml").write_text("limits: {park_s: 60}\n")
-    arguments = [
-        "--http",
-        http,
-        "--restart",
-        "--record",
-        str(tmp_path / "r.instep"),
-        "--config",
-        str(tmp_path / "c.yaml"),
-    ]
-    with serving(tmp_path / "model", *arguments, endpoint=f"tcp://{endpoint}", start_new_session=True) as served:
+    files = ["--record", str(tmp_path / "r.instep"), "--config", str(tmp_path / "c.yaml")]
+    arguments = ["--http", http, "--restart", *files]
+    with serving(tmp_path / "model", *arguments, endpoint=endpoint, start_new_session=True) as served:
         served.until("serving")
-        yield served, f"tcp://{endpoint}"
+        yield served, endpoint
 
 
 def server_of(served: Served) -> psutil.Process:
@@ -97,8 +86,7 @@ def test_a_crash_after_a_reload_serves_the_models_that_were_reloaded_with_their_
         file.write_text(f"model: {{folder: {{ears: {tmp_path / name}}}, on_reload: move}}")
 
     configure("old")
-    with closing(socket.create_server(("127.0.0.1", 0))) as probe:
-        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    endpoint = f"tcp://127.0.0.1:{free_ports(1)}"
     arguments = ["--config", str(file), "--record", str(tmp_path / "recordings"), "--restart"]
     with serving(None, *arguments, endpoint=endpoint, start_new_session=True) as served:
         served.until("serving")

@@ -22,15 +22,15 @@ class Served:
         self.lines: list[dict[str, Any]] = []
         """What was read of its log so far."""
 
-    def until(self, event: str) -> dict[str, Any]:
-        """Read the log up to the next line of this event, and return that line."""
+    def until(self, *events: str, **fields: object) -> dict[str, Any]:
+        """Read the log up to the next line of one of these events with these fields, and return that line."""
         assert self.process.stderr is not None
         for line in self.process.stderr:
             assert line.startswith("{"), line
             self.lines.append(json.loads(line))
-            if self.lines[-1]["event"] == event:
+            if self.lines[-1]["event"] in events and fields.items() <= self.lines[-1].items():
                 return self.lines[-1]
-        raise AssertionError(f"it never logged {event}: {self.lines}")
+        raise AssertionError(f"it never logged {events}: {self.lines}")
 
     def end(self) -> list[dict[str, Any]]:
         """Wait for the end; the lines that were not read yet."""

@@ -39,20 +39,19 @@ def run(config: Config, shards: int, *, reread: Callable[[], Config]) -> int:
         SystemExit: in the parent of the children, with 0 if all ended with 0.
     """
     endpoints = tuple(for_table(config.of_shard(number).transport.endpoint) for number in range(shards))
-    table, found = (
-        ShardTable(np.zeros(shards, np.uint64), endpoints),
-        before_loading(config, restart=True, shards=shards),
-    )
+    table = ShardTable(np.zeros(shards, np.uint64), endpoints)
+    found = before_loading(config, restart=True, shards=shards)
     with launching(config, found, reread, supervised=True, servers=shards) as launch, folder_of_sockets() as sockets:
         if config.recording.file is not None:
             claim(config.recording.file, shards)
         for number in range(shards):
             (sockets / str(number)).touch()  # the admin server shows those that do not listen yet, too
         kept = [Kept() for _ in range(shards)]
-        servers = [Child(number, f"shard {number}", launch.log.bind(shard=number)) for number in range(shards)]
-        admin = Child(shards, "the admin server", launch.log, is_helper=True)
-        child = supervise([*servers, admin], launch.service_manager.forget)
-        if child is admin:
+        children = [Child(number, f"shard {number}", launch.log.bind(shard=number)) for number in range(shards)]
+        if config.http.endpoint is not None:
+            children.append(Child(shards, "the admin server", launch.log, is_helper=True))
+        child = supervise(children, launch.service_manager.forget)
+        if child.is_helper:
             return asyncio.run(serve_admin(config.http, sockets, launch.log))
         launch = replace(
             launch,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, Self
 
@@ -298,6 +298,14 @@ class Config(Section):
     audit: AuditConfig = AuditConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    def with_values(self, values: Mapping[str, Any]) -> Config:
+        """This with other values by `section.key`, which are valid and are not checked."""
+        config = self
+        for path, value in values.items():
+            name, key = path.split(".")
+            config = config.model_copy(update={name: getattr(config, name).model_copy(update={key: value})})
+        return config
+
     def of_shard(self, number: int) -> Config:
         """That of one of several servers: the next ports in a row, or ipc://PATH.NUMBER, and folders for recordings."""
         endpoint, file = self.transport.endpoint, self.recording.file
@@ -306,9 +314,7 @@ class Config(Section):
             endpoint = f"{endpoint}.{number}"
         elif port.isdecimal():
             endpoint = f"{place}:{int(port) + number}"
-        transport = self.transport.model_copy(update={"endpoint": endpoint})
-        recording = self.recording.model_copy(update={"file": file and file / f"shard-{number}"})
-        return self.model_copy(update={"transport": transport, "recording": recording})
+        return self.with_values({"transport.endpoint": endpoint, "recording.file": file and file / f"shard-{number}"})
 
     @property
     def node_transport(self) -> TransportConfig:

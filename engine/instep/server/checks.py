@@ -66,7 +66,7 @@ def before_loading(config: Config, *, restart: bool = False, shards: int = 1) ->
         return
     folder = config.recording.file
     if folder is not None and shards > 1 and not folder.is_dir():  # it is made at the start
-        config = config.model_copy(update={"recording": config.recording.model_copy(update={"file": folder.parent})})
+        config = config.with_values({"recording.file": folder.parent})
     for check in (_folders, _recording, _audit, _secrets, _memory, _disk, _cores, _open_files):
         yield from check(config)
     yield from _ports(config, shards)
@@ -133,7 +133,7 @@ def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool
     for number in range(shards):
         own = config.of_shard(number)
         if own.recording.file is not None and not own.recording.file.is_dir():  # nothing is recorded yet
-            own = own.model_copy(update={"recording": own.recording.model_copy(update={"file": None})})
+            own = own.with_values({"recording.file": None})
         _rehearse_server(own, prepared, log.bind(shard=number))
 
 

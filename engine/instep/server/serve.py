@@ -157,7 +157,7 @@ class Kept:
         if not text:
             return config, {}, "", ""
         values, models, fingerprints, unread, problem = json.loads(text)
-        config = _with_values(config, values).model_copy(update={"model": ModelConfig.model_validate(models)})
+        config = config.with_values(values).model_copy(update={"model": ModelConfig.model_validate(models)})
         if problem == UNDER_WAY:
             problem = "models are as before the last reload, during which the server was killed: reload again"
         return config, fingerprints, unread, problem
@@ -187,7 +187,7 @@ async def reload(
         wanted, tokens = await in_daemon_thread(lambda: (reread(), read_tokens(running.http)), "instep-reload")
         models = {"model": server.loader.config}
         under_way = [text for path, text in differences(running.model_copy(update=models), wanted) if path in MODELS]
-        server.configure(_with_values(running, _changeable(wanted)))
+        server.configure(running.with_values(_changeable(wanted)))
         if server.admin is not None:
             server.admin.admit(tokens)
             if tokens is not None:
@@ -239,13 +239,6 @@ def _in_words(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{name}: {each}' for name, each in value.items())}}}"
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
-
-
-def _with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    for path, value in values.items():
-        name, key = path.split(".")
-        config = config.model_copy(update={name: getattr(config, name).model_copy(update={key: value})})
-    return config
 
 
 def _changeable(config: Config) -> dict[str, Any]:
@@ -371,7 +364,7 @@ def serve_one(launch: Launch, kept: Kept, on_ready: Callable[[str], None] = lamb
             return asyncio.run(_serve(newest, kept, on_ready, unread, problem))
         except CannotServe as error:
             problem = f"models are as at the start: {error}"
-            launch = replace(launch, config=_with_values(at_start, _changeable(config)))
+            launch = replace(launch, config=at_start.with_values(_changeable(config)))
     return asyncio.run(_serve(launch, kept, on_ready, unread, problem))
 
 
