@@ -178,7 +178,9 @@ async def watching(endpoint: str) -> AsyncIterator[TerminalProgram]:
         yield running
         assert running.process.poll() is not None, "it still runs"
         assert termios.tcgetattr(program) == before
-        assert running.written.endswith(LEFT)
+        async with asyncio.timeout(WAIT_S):  # its last words may not have been read yet
+            while not running.written.endswith(LEFT):
+                await asyncio.sleep(0.02)
         assert "Traceback" not in running.written
     finally:
         asyncio.get_running_loop().remove_reader(terminal)
