@@ -35,13 +35,13 @@ from instep.cluster.talk import Caller, NoAnswer, Rejected, keys_for
 from instep.config import Config
 from instep.frontends import CannotListen
 from instep.frontends.shards import Shard
-from instep.interrupts import ENDINGS, end_with_parent, signal_name
+from instep.interrupts import ENDINGS, signal_name
 from instep.recording.errors import RecordingError
 from instep.security.keys import ServerKeys
 from instep.server.checks import CannotServe, before_loading
 from instep.server.log import make_log
 from instep.server.serve import Kept, Launch, ServiceManager, launching, serve_one
-from instep.server.supervisor import MOST_RESTARTS, WITHIN_S
+from instep.server.supervisor import MOST_RESTARTS, WITHIN_S, become_child, ended_processes
 from instep_client.protocol.errors import InvalidInput
 from instep_client.protocol.wire import ShardTable
 
@@ -103,42 +103,34 @@ def received(pipe: socket.socket) -> list[Any]:
     return found
 
 
+@dataclass(eq=False)
 class Agent:
-    """Does what the directory wants of this node.
+    """Does what the directory wants of this node."""
 
-    Args:
-        launch: the models and the configuration. Shard k is served at the port of `transport.endpoint` + k, and takes
-            copies at that port + the number of shards; `recording.file` is a folder.
-        shards: how many the cluster has.
-        name: the node's name.
-        host: where others reach the node.
-        directory: the directory's endpoint.
-        sockets: a folder for the sockets of the servers' admin servers.
-    """
-
-    def __init__(self, launch: Launch, shards: int, name: str, host: str, directory: str, sockets: Path) -> None:
-        assert launch.config.recording.file is not None
-        self._launch, self._shards, self._name, self._host, self._directory = launch, shards, name, host, directory
-        self._log, self._sockets = launch.log, sockets
-        self._folder = launch.config.recording.file
-        self._port = int(launch.config.transport.endpoint.rpartition(":")[2])
-        prepared = launch.prepared
-        self._about = (
-            name,
-            f"{host}:{self._port}",
-            f"version {_VERSION} of messages and the models {', '.join(sorted(each.model.name for each in prepared))}",
-            ", ".join(sorted({each.arithmetic for each in prepared})),
-        )
-        """The beginning of a `NodeReport`."""
-        self._roles: dict[tuple[int, int, bool], NodeShard] = {}
-        """By shard, term, and whether it is the server."""
-        self._version = 0
-        """Of the roles and of the table."""
-        self._table: list[Any] = [[], []]
-        self._has: dict[int, tuple[int, int]] = {}
-        self._has_failed = False
-        """Whether a server did not end in order when the agent ended."""
-        self._stops = 0
+    launch: Launch
+    """The models, the configuration and the log."""
+    shards: int
+    """How many the cluster has."""
+    name: str
+    """The node's."""
+    host: str
+    """Where others reach the node: its server of shard k at `port` + k, its copy of it at `port` + `shards` + k."""
+    port: int
+    folder: Path
+    """For recordings, those of shard k in `shard-k`."""
+    directory: str
+    """The directory's endpoint."""
+    sockets: Path
+    """A folder for the sockets of the servers' admin servers."""
+    _roles: dict[tuple[int, int, bool], NodeShard] = field(default_factory=dict)
+    """By shard, term, and whether it is the server."""
+    _table: list[Any] = field(default_factory=lambda: [[], []])
+    _version: int = 0
+    """Of the roles and of the table."""
+    _has: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _has_failed: bool = False
+    """Whether a server that was told to end did not end in order."""
+    _stops: int = 0
 
     def run(self) -> int:
         """Take part until SIGTERM or SIGINT, and return the exit status.
@@ -194,22 +186,22 @@ class Agent:
     def _say(self) -> None:
         """Give the directory a sign of life, and servers their newest roles and the table."""
         roles = self._roles.values()
+        serving = [each.role[:2] for each in roles if each.process is not None and each.process.serves]
         news = {
-            "serves": [
-                (*each.role[:2], self._endpoint(each)) for each in roles if each.process and each.process.serves
-            ],
+            "serves": [(shard, term, f"tcp://{self.host}:{self.port + shard}") for shard, term in serving],
             "ended": [each.role[:2] for each in roles if each.has_ended],
             "gone": [each.role[:2] for each in roles if self._is_gone(each)],
         }
+        models = ", ".join(sorted(each.model.name for each in self.launch.prepared))
+        numerics = ", ".join(sorted({each.arithmetic for each in self.launch.prepared}))
+        version = f"version {_VERSION} of messages and the models {models}"
         has = [(shard, *found) for shard, found in self._has.items()]
-        self._relay.tell(["heard", [*self._about, has], news, self._version])
+        report = [self.name, f"{self.host}:{self.port}", version, numerics, has]  # a `NodeReport`
+        self._relay.tell(["heard", report, news, self._version])
         for each in roles:
             if each.role.is_server and each.process is not None and each.process.told != self._version:
                 is_told = each.process.tell([each.role, *self._table])
                 each.process.told = self._version if is_told else 0
-
-    def _endpoint(self, of: NodeShard) -> str:
-        return f"tcp://{self._host}:{self._port + of.role.shard}"
 
     # What becomes of processes.
 
@@ -240,9 +232,7 @@ class Agent:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             return NodeProcess(pid, ours)
-        os.setpgid(0, 0)
-        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
-        end_with_parent(agent, signal.SIGKILL)
+        become_child(agent, signal.SIGKILL)
         for number in ENDINGS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGHUP})  # which waits for a handler
@@ -253,10 +243,10 @@ class Agent:
         try:
             return task()
         except (CannotServe, CannotListen, InvalidInput, RecordingError, OSError) as error:
-            self._log.error("failed", reasons=str(error).splitlines())
+            self.launch.log.error("failed", reasons=str(error).splitlines())
             return 2
         except Exception as error:
-            self._log.error("bug in a process of the node", exc_info=error)
+            self.launch.log.error("bug in a process of the node", exc_info=error)
             return 1
 
     def _end_server(self, process: NodeProcess, role: ShardRole) -> None:
@@ -272,28 +262,23 @@ class Agent:
 
     def _remove(self, of: NodeShard, process: NodeProcess) -> None:
         process.pipe.close()
-        (self._sockets / str(of.role.shard)).unlink(missing_ok=True)
+        (self.sockets / str(of.role.shard)).unlink(missing_ok=True)
         of.process = None
 
     def _bury(self) -> bool:
         """Forget the processes that have ended; whether one was that of a shard."""
         has_changed = False
-        with suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:  # as PID 1, also of those whose parents have died
-                has_changed |= self._forget(ended[0], os.waitstatus_to_exitcode(ended[1]))
+        for pid, code in ended_processes():
+            if pid == self._relay.pid:
+                self._relay.pipe.close()
+                self._relay = self._fork(self._talk)
+            elif pid == self._admin.pid and code < 0:  # it ends by itself where it cannot listen, or is not to
+                self._admin = self._fork(self._administer)
+            for each in self._roles.values():
+                if each.process is not None and each.process.pid == pid:
+                    self._note_end(each, each.process, code)
+                    has_changed = True
         return has_changed
-
-    def _forget(self, pid: int, code: int) -> bool:
-        if pid == self._relay.pid:
-            self._relay.pipe.close()
-            self._relay = self._fork(self._talk)
-        elif pid == self._admin.pid and code < 0:  # it ends by itself without http.endpoint, or where that is in use
-            self._admin = self._fork(self._administer)
-        for each in self._roles.values():
-            if each.process is not None and each.process.pid == pid:
-                self._note_end(each, each.process, code)
-                return True
-        return False
 
     def _note_end(self, of: NodeShard, process: NodeProcess, code: int) -> None:
         self._remove(of, process)
@@ -306,7 +291,7 @@ class Agent:
         reason = f"its {'server' if of.role.is_server else 'copy'} {how}"
         if gives_up := of.begins_at == inf:
             reason += f", {MOST_RESTARTS} restarts within a minute have not helped"
-        self._log.error("failed" if gives_up else "restarting", shard=of.role.shard, reason=reason)
+        self.launch.log.error("failed" if gives_up else "restarting", shard=of.role.shard, reason=reason)
 
     # Signals.
 
@@ -320,7 +305,7 @@ class Agent:
 
     def _end(self) -> int:
         """End the servers in order, then everything else; a second signal does not wait."""
-        self._log.info("stopping", hint="ending servers in order; interrupt again to force")
+        self.launch.log.info("stopping", hint="ending servers in order; interrupt again to force")
         for each in self._roles.values():
             if each.process is not None and each.process.serves:
                 self._end_server(each.process, each.role)
@@ -338,7 +323,7 @@ class Agent:
 
     def _talk(self, pipe: socket.socket) -> int:
         """Pass messages on between the agent and the directory."""
-        caller, problem = self._call(self._directory, DIRECTORY), ""
+        caller, problem = self._call(self.directory, DIRECTORY), ""
         while True:
             try:
                 for message in received(pipe):
@@ -348,7 +333,7 @@ class Agent:
                     pipe.send(msgpack.packb(answer[1]))
             except (NoAnswer, Rejected) as error:  # the agent says everything again
                 if not problem:
-                    self._log.warning("waits for the directory", reason=str(error))
+                    self.launch.log.warning("waits for the directory", reason=str(error))
                 problem = str(error)
                 if isinstance(error, Rejected):
                     pipe.send(msgpack.packb(problem))
@@ -356,13 +341,13 @@ class Agent:
                 return 0  # the agent has ended
 
     def _serve(self, of: NodeShard, pipe: socket.socket) -> int:
-        role, config, log = of.role, self._launch.config, self._log.bind(shard=of.role.shard)
-        table, admin = _as_table(*self._table), self._sockets / str(role.shard)
-        place = Shard(role.shard, self._shards, role.term, table, admin=admin)
-        directory = DirectoryClient(self._call(self._directory, DIRECTORY), log)
+        role, config, log = of.role, self.launch.config, self.launch.log.bind(shard=of.role.shard)
+        table, admin = _as_table(*self._table), self.sockets / str(role.shard)
+        place = Shard(role.shard, self.shards, role.term, table, admin=admin)
+        directory = DirectoryClient(self._call(self.directory, DIRECTORY), log)
         copied = CopiedShard(
             place,
-            self._name,
+            self.name,
             self._folder_of(role.shard),
             directory,
             lambda role: self._call(role.address, role.other),
@@ -385,34 +370,34 @@ class Agent:
                 copied.follow(role)
 
         launch = replace(
-            self._launch,
+            self.launch,
             config=config.of_shard(role.shard),
-            reread=lambda: self._launch.reread().of_shard(role.shard),
+            reread=lambda: self.launch.reread().of_shard(role.shard),
             log=log,
-            service_manager=ServiceManager({}, log, self._shards),
+            service_manager=ServiceManager({}, log, self.shards),
             shard=place,
         )
         return serve_one(launch, of.kept, on_ready)
 
     def _hold(self, of: NodeShard, pipe: socket.socket) -> int:
         role = of.role
-        transport = self._launch.config.of_shard(self._shards + role.shard).node_transport
+        transport = self.launch.config.of_shard(self.shards + role.shard).node_transport
         hold_copy(transport, ServerKeys.read(transport), self._folder_of(role.shard), role.term)
 
     def _administer(self, pipe: socket.socket) -> int:
-        return asyncio.run(serve_admin(self._launch.config.http, self._sockets, self._log))
+        return asyncio.run(serve_admin(self.launch.config.http, self.sockets, self.launch.log))
 
     def _call(self, endpoint: str, name: str) -> Caller:
         """A connection to the directory, or to the copy on the node of this name."""
-        return Caller(endpoint, keys_for(self._launch.config.node_transport, name), MAX_MESSAGE_BYTES)
+        return Caller(endpoint, keys_for(self.launch.config.node_transport, name), MAX_MESSAGE_BYTES)
 
     def _folder_of(self, shard: int) -> Path:
-        return self._folder / f"shard-{shard}"
+        return self.folder / f"shard-{shard}"
 
     def _find_recordings(self) -> dict[int, tuple[int, int]]:
         """The term and the position of each shard's recordings here."""
         found, in_use = {}, {each.role.shard for each in self._roles.values() if each.process is not None}
-        for shard in range(self._shards):
+        for shard in range(self.shards):
             folder = self._folder_of(shard)
             if shard not in in_use:
                 settle(folder)
@@ -432,23 +417,19 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
         CannotServe, InvalidInput: it cannot start.
     """
     endpoint, folder = config.transport.endpoint, config.recording.file
-    directory = directory.removeprefix("tcp://")
+    name, directory = name or socket.gethostname(), f"tcp://{directory.removeprefix('tcp://')}"
     place = re.fullmatch(r"tcp://(.+):([0-9]+)", endpoint)
-    host = host or ("" if place is None else place[1])
-    if place is None or host in ("*", "0.0.0.0", "[::]"):
+    host, port = (host, 0) if place is None else (host or place[1], int(place[2]))
+    if not port or host in ("*", "0.0.0.0", "[::]"):
         raise CannotServe(
             f"others cannot reach the node at {endpoint}: give --endpoint tcp://HOST:PORT, or also --host"
         )
     if folder is None or config.recording.durability == "memory":
         raise CannotServe("a node records: give --record FOLDER, and recording.durability commit or fsync")
-    log = make_log(config.log)
-    with closing(Caller(f"tcp://{directory}", keys_for(config.node_transport, DIRECTORY))) as caller:
-        shards = DirectoryClient(caller, log).shards()
-    if int(place[2]) + 2 * shards > 65_536:
-        raise CannotServe(
-            f"{shards} servers and {shards} copies need ports from {place[2]} on, and the last one is 65535"
-        )
-    name = name or socket.gethostname()
+    with closing(Caller(directory, keys_for(config.node_transport, DIRECTORY))) as caller:
+        shards = DirectoryClient(caller, make_log(config.log)).shards()
+    if port + 2 * shards > 65_536:
+        raise CannotServe(f"{shards} servers and {shards} copies need ports from {port} on, and the last one is 65535")
     found = before_loading(config, restart=True, shards=shards)
     problems = (each for each in found if each.severity == "problem")
 
@@ -465,4 +446,4 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
             for shard in range(shards):
                 settle(folder / f"shard-{shard}")  # before `claim` makes the folders that are missing
             claim(folder, shards)
-            return Agent(launch, shards, name, host, f"tcp://{directory}", sockets).run()
+            return Agent(launch, shards, name, host, port, folder, directory, sockets).run()

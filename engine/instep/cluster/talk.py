@@ -57,39 +57,31 @@ class NodeRequest(NamedTuple):
     """The name that its key proves; empty without keys."""
 
 
-class Listener:
+class Listener(Router):
     """A socket that gets requests, and answers them; for one thread.
 
     With keys only nodes are heard, and operators for the verbs in `for_operators`. Any other connection that sends
     something is ended, and so is one that sends what is not a request.
-
-    Raises:
-        CannotListen: when the endpoint cannot be bound.
     """
 
     def __init__(
         self, transport: TransportConfig, keys: ServerKeys | None, for_operators: Collection[str] = frozenset()
     ) -> None:
-        self._router = Router(transport, keys)
+        super().__init__(transport, keys)
         self._for_operators = for_operators
         self._arrivals = select.poll()
-        self._arrivals.register(self._router.signal_fd, select.POLLIN)
-
-    @property
-    def endpoint(self) -> str:
-        """Where it listens."""
-        return self._router.endpoint
+        self._arrivals.register(self.signal_fd, select.POLLIN)
 
     def requests(self, within_s: float) -> Iterator[NodeRequest]:
         """Wait for requests, and yield those that have come; none after `within_s`."""
-        if not self._router.is_readable:
+        if not self.is_readable:
             self._arrivals.poll(round(within_s * 1000))
-        for connection, parts in self._router.receive(_AT_ONCE):
+        for connection, parts in self.receive(_AT_ONCE):
             request = self._parse(connection, parts)
             if request is not None:
                 yield request
-            elif (authenticator := self._router.authenticator) is not None:
-                authenticator.dismiss(authenticator.welcome(self._router.descriptor))
+            elif self.authenticator is not None:
+                self.authenticator.dismiss(self.authenticator.welcome(self.descriptor))
 
     def _parse(self, connection: bytes, parts: list[bytes]) -> NodeRequest | None:
         try:
@@ -98,10 +90,10 @@ class Listener:
             return None
         if type(number) is not int or type(verb) is not str:
             return None
-        if (authenticator := self._router.authenticator) is None:
+        if self.authenticator is None:
             return NodeRequest(connection, number, verb, arguments, "")
-        authenticator.welcome(self._router.descriptor)
-        principal = authenticator.principals.by_key.get(self._router.key)
+        self.authenticator.welcome(self.descriptor)
+        principal = self.authenticator.principals.by_key.get(self.key)
         if principal is None:
             return None
         request = NodeRequest(connection, number, verb, arguments, principal.name)
@@ -112,29 +104,24 @@ class Listener:
 
     def answer(self, request: NodeRequest, value: Any) -> None:
         """Answer a request; an answer that cannot be sent now is dropped, and will be asked for again."""
-        self._router.send(request.connection, [msgpack.packb([request.number, True, value])])
+        self.send(request.connection, [msgpack.packb([request.number, True, value])])
 
     def refuse(self, request: NodeRequest, sentence: str) -> None:
         """Answer that it is refused."""
-        self._router.send(request.connection, [msgpack.packb([request.number, False, sentence])])
+        self.send(request.connection, [msgpack.packb([request.number, False, sentence])])
 
     def tell(self, connection: bytes, value: Any) -> None:
         """Send what nobody asked for, or drop it if it cannot be sent now."""
-        self._router.send(connection, [msgpack.packb([0, True, value])])
+        self.send(connection, [msgpack.packb([0, True, value])])
 
     def failures(self) -> dict[str, Any]:
         """See `Authenticator.failures`."""
-        authenticator = self._router.authenticator
-        return {} if authenticator is None else authenticator.failures()
+        return {} if self.authenticator is None else self.authenticator.failures()
 
     def admit(self, principals: Principals) -> None:
         """Hear these from now on, where there are keys."""
-        if self._router.authenticator is not None:
-            self._router.authenticator.principals = principals
-
-    def close(self) -> None:
-        """End; answers get a second to leave."""
-        self._router.close()
+        if self.authenticator is not None:
+            self.authenticator.principals = principals
 
 
 class Caller:

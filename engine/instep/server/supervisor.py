@@ -73,12 +73,12 @@ def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Chi
             if child.status is None and not child.pid:
                 child.pid = os.fork()
                 if not child.pid:
-                    _become_server(supervisor)
+                    become_child(supervisor)
                     signal.pthread_sigmask(signal.SIG_SETMASK, before)
                     time.sleep(child.pause_s)
                     return child
         number = signal.sigwait({*heard, signal.SIGCHLD})
-        ended = [(child, code) for pid, code in _ended() for child in children if child.pid == pid]
+        ended = [(child, code) for pid, code in ended_processes() for child in children if child.pid == pid]
         if any(code == _COULD_NOT_START and not child.deaths for child, code in ended) and not is_ending:
             number = signal.SIGTERM
         is_ending |= number in (signal.SIGINT, signal.SIGTERM)
@@ -97,13 +97,14 @@ def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Chi
     raise SystemExit(_COULD_NOT_START if _COULD_NOT_START in statuses else min(statuses, default=0))
 
 
-def _become_server(supervisor: int) -> None:
+def become_child(parent: int, by: signal.Signals = signal.SIGTERM) -> None:
+    """Give a process that was just forked its own process group, and let this signal end it when its parent dies."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # the log may go to a terminal that this group does not own
-    end_with_parent(supervisor)
+    end_with_parent(parent, by)
 
 
-def _ended() -> Iterator[tuple[int, int]]:
+def ended_processes() -> Iterator[tuple[int, int]]:
     """The processes that have ended, with their exit statuses, or -N if signal N killed them.
 
     As the first process of a container, the supervisor also gets the processes that a dead server leaves behind.
