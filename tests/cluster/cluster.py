@@ -44,27 +44,25 @@ class ClusterNode:
         self.folder = cluster.folder / name
         self.http = "off"
         self._cluster = cluster
-        self._process: WarmProcess | None = None
+        self._agent: WarmProcess | None = None
         self._frozen: list[psutil.Process] = []
 
     def start(self) -> None:
         self.folder.mkdir(exist_ok=True)
-        command = [
-            *("cluster", "agent", str(self._cluster.folder / "model"), "--record", str(self.folder)),
+        self._agent = self._cluster.begin(
+            self.name,
+            *("agent", str(self._cluster.folder / "model"), "--record", str(self.folder)),
             *("--endpoint", f"tcp://127.0.0.1:{self.port}", "--set", f"http.endpoint={self.http}", "--name", self.name),
             *("--directory", self._cluster.directory, "--set", "recording.recovery_target_s=0.05"),
-            *("--set", "cluster.copy_timeout_s=1", *self._cluster.arguments_of(self.name)),
-        ]
-        log = self._cluster.folder / f"{self.name}.log"
-        self._process = WarmProcess(command, output=os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+            *("--set", "cluster.copy_timeout_s=1"),
+        )
 
     def processes(self) -> list[psutil.Process]:
         """The agent, and all below it."""
         with contextlib.suppress(psutil.NoSuchProcess):
-            if self._process is None:
-                return []
-            agent = psutil.Process(self._process.pid)
-            return [agent, *agent.children(recursive=True)]
+            if self._agent is not None:
+                agent = psutil.Process(self._agent.pid)
+                return [agent, *agent.children(recursive=True)]
         return []
 
     def at(self, port: int) -> psutil.Process:
@@ -80,14 +78,13 @@ class ClusterNode:
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        if self._process is not None:
-            self._process.wait(_PATIENCE_S)
-        self._process = None
+        self.kill_agent()
 
     def kill_agent(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait(_PATIENCE_S)
+        if self._agent is not None:
+            self._agent.kill()
+            self._agent.wait(_PATIENCE_S)
+        self._agent = None
 
     def freeze(self) -> None:
         self._frozen = self.processes()
@@ -99,21 +96,23 @@ class ClusterNode:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
 
+    @property
+    def agent(self) -> WarmProcess:
+        assert self._agent is not None
+        return self._agent
+
     def reload(self) -> None:
         """SIGHUP for the agent."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGHUP)
+        self.agent.send_signal(signal.SIGHUP)
 
     def stop(self) -> int:
         """End in order; the exit status."""
-        assert self._process is not None
-        self._process.terminate()
+        self.agent.terminate()
         return self.wait()
 
     def wait(self) -> int:
         """The exit status, once it has ended by itself."""
-        assert self._process is not None
-        return self._process.wait(_PATIENCE_S)
+        return self.agent.wait(_PATIENCE_S)
 
     def log(self) -> str:
         return (self._cluster.folder / f"{self.name}.log").read_text()
@@ -143,7 +142,7 @@ class Cluster:
         ports = _free_ports(1 + each * nodes)
         self.directory = f"127.0.0.1:{ports}"
         self.nodes = [ClusterNode(self, f"n{k}", ports + 1 + each * k) for k in range(nodes)]
-        self._process: WarmProcess | None = None
+        self._program: WarmProcess | None = None
         self._caller = Caller(f"tcp://{self.directory}", read_client_keys(**self.ring.of_client("ann", "directory")))
 
     async def __aenter__(self) -> Self:
@@ -167,10 +166,15 @@ class Cluster:
             for file in sorted(self.folder.glob("*.log")):
                 print(f"── {file.name}\n{file.read_text()[-6000:]}")  # noqa: T201
 
-    def arguments_of(self, name: str) -> list[str]:
-        """The arguments of a node or of the directory: servers have one key for clients, and each of these its own."""
+    def begin(self, name: str, *command: str) -> WarmProcess:
+        """A command of `instep cluster` for a node or the directory, which has a key of its own beside that of servers.
+
+        What it prints is appended to the log of that name.
+        """
         self.ring.make(name)
-        return [*self.arguments, *self.ring.arguments, "--set", f"cluster.key_file={self.folder / name}.key_secret"]
+        keys = [*self.ring.arguments, "--set", f"cluster.key_file={self.folder / name}.key_secret"]
+        with (self.folder / f"{name}.log").open("a") as log:
+            return WarmProcess(["cluster", *command, *self.arguments, *keys], output=log.fileno())
 
     def connect(self) -> AsyncClient:
         """A client that is given the first port of each node."""
@@ -181,19 +185,18 @@ class Cluster:
         return AsyncClient(endpoint, timeout_s=5.0, reconnect_s=120.0, **keys)
 
     def start_directory(self, *arguments: str) -> None:
-        command = [
-            *("cluster", "directory", "--store", str(self.folder / "store"), "--shards", str(self.shards)),
+        self._program = self.begin(
+            "directory",
+            *("directory", "--store", str(self.folder / "store"), "--shards", str(self.shards)),
             *("--copies", str(self.copies), "--endpoint", f"tcp://{self.directory}"),
-            *("--set", f"cluster.dead_s={DEAD_S}", *self.arguments_of("directory"), *arguments),
-        ]
-        log = self.folder / "directory.log"
-        self._process = WarmProcess(command, output=os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+            *("--set", f"cluster.dead_s={DEAD_S}", *arguments),
+        )
 
     def kill_directory(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(_PATIENCE_S)
-        self._process = None
+        if self._program is not None:
+            self._program.kill()
+            self._program.wait(_PATIENCE_S)
+        self._program = None
 
     def ask(self, verb: str, *arguments: Any) -> Any:
         """What the directory answers; an earlier one's connection may be lost."""
