@@ -194,7 +194,9 @@ def test_a_node_that_was_drained_and_is_used_again_gets_copies_at_once() -> None
 
 
 def test_a_shard_is_moved_through_its_copy() -> None:
-    cluster = running(shards=1)
+    cluster = running(shards=1, nodes="ac")
+    cluster.add("b")
+    cluster.run(1.0)
     _, server, copy = cluster.places()[0]
     cluster.rules.drain(server)  # else it would be balanced again
     third = ({*"abc"} - {server, copy}).pop()
@@ -335,25 +337,35 @@ def test_a_shard_without_a_recording_is_not_begun_when_the_others_are_adopted() 
     assert cluster.rules.shards[1].begun
 
 
-def test_nodes_that_compute_other_bits_hold_copies_and_do_not_serve() -> None:
-    cluster = Cluster(shards=2, nodes="")
-    cluster.add("a", "b", numerics="cpu")
+def test_nodes_that_compute_other_bits_hold_copies_where_there_is_no_other_and_do_not_serve() -> None:
+    cluster = Cluster(shards=6, nodes="")
+    cluster.add(*"abc", numerics="cpu")
     cluster.run()
     cluster.add("g", numerics="cuda")
     cluster.run()
-    assert cluster.counts() == ([0, 1, 1], [0, 1, 1])
+    assert cluster.counts() == ([0, 2, 2, 2], [0, 2, 2, 2])
     with refused("OTHER_NUMERICS", "g"):
         cluster.rules.move(0, "g")
-    cluster.run(silent="b")
+    cluster.run(silent="c")
+    assert cluster.counts() == ([0, 3, 3], [0, 3, 3])
+    cluster.run(silent="bc")
     assert {(server, copy) for _, server, copy in cluster.places()} == {("a", "g")}
-    cluster.run(silent="ab")
+    cluster.run(silent="abc")
     assert all(server == "a" for _, server, _ in cluster.places())
     assert all("other bits" in each["problem"] for each in cluster.rules.status())
+    cluster.run()
+    assert cluster.counts()[0] == [0, 2, 2, 2]
+    for node in "bc":
+        cluster.rules.drain(node)
+    cluster.run()
+    assert {(server, copy) for _, server, copy in cluster.places()} == {("a", "g")}
 
 
 def test_numerics_may_change_where_that_is_accepted() -> None:
     cluster = Cluster(shards=1, nodes="", accept_numerics_change=True)
     cluster.add("a", numerics="cpu")
+    cluster.run()
+    assert cluster.places() == [(0, "", "")], "a cluster begins when there is a node for the copy, too"
     cluster.add("g", numerics="cuda")
     cluster.run()
     cluster.run(silent="a")
@@ -389,6 +401,15 @@ def test_a_cluster_without_copies_waits_for_lost_nodes_and_moves_shards() -> Non
     cluster.rules.drain("a")
     cluster.run(60.0)
     assert [(server, copy) for _, server, copy in cluster.places()] == [("b", ""), ("b", "")]
+
+
+def test_a_move_that_waits_for_a_lost_node_does_not_keep_others_from_being_moved() -> None:
+    cluster = running(shards=6, copies=0)
+    cluster.rules.move(next(k for k, (_, server, _) in enumerate(cluster.places()) if server == "b"), "a")
+    cluster.run(10.0, silent="b")
+    cluster.rules.drain("c")
+    cluster.run(silent="b")
+    assert cluster.counts()[0] == [0, 4]
 
 
 def test_status_says_how_long_a_shard_has_been_alone() -> None:
