@@ -11,6 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from instep.cli import app
+from instep.cluster.ray import ProgramActor
+from instep.cluster.talk import Caller, NoAnswer
+from instep.config import Config
 from instep_client import AsyncClient
 from tests.cluster.cluster import ClusterLoad
 from tests.cluster.ray_cluster import RayCluster
@@ -34,6 +37,17 @@ def test_what_is_missing(arguments: tuple[str, ...], named: str, monkeypatch: py
     result = CliRunner().invoke(app, [*UP, *arguments])
     assert result.exit_code == 2
     assert named in " ".join(result.stderr.split())
+
+
+def test_an_actor_runs_a_program_until_it_is_stopped(tmp_path: Path) -> None:
+    store, endpoint = tmp_path / "made" / "store", f"ipc://{tmp_path}/directory"
+    arguments = ["directory", "--store", str(store), "--shards", "1", "--endpoint", endpoint]
+    actor, caller = ProgramActor(str(store), arguments, Config().model_dump_json()), Caller(endpoint)
+    assert caller.ask("shards", within_s=30.0) == 1
+    actor.stop()
+    with pytest.raises(NoAnswer):
+        caller.ask("shards", within_s=1.0)
+    caller.close()
 
 
 @pytest.mark.long

@@ -178,12 +178,9 @@ class Directory:
         except OSError:
             self._listener.refuse(request, self._store.problem)
         except (TypeError, ValueError, IndexError, KeyError) as error:
-            self._log.warning(
-                "malformed request", verb=request.verb[:40], principal=request.principal, error=repr(error)
-            )
-            self._listener.refuse(
-                request, f"{request.verb!r:.40} is not a request of this version with these arguments"
-            )
+            sentence = f"{request.verb!r:.40} is not a request of this version with these arguments"
+            self._log.warning("malformed request", reason=sentence, principal=request.principal, error=repr(error))
+            self._listener.refuse(request, sentence)
 
     def _answer(self, request: NodeRequest) -> Any:
         verb, arguments = request.verb, request.arguments
