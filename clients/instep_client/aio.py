@@ -288,7 +288,8 @@ class AsyncGroup(GroupView):
         opened = [(part[0], call.result()) for part, call in zip(parts, calls, strict=True) if call.error is None]
         if len(opened) < len(calls) and calls[0].begins_streams:
             await all_of((driver, driver.session.close(handle)) for driver, handle in opened)
-        return cls(names, [GroupPart(*part[:2], call.result()) for part, call in zip(parts, calls, strict=True)])
+        answered = zip(parts, calls, strict=True)
+        return cls(names, [GroupPart(driver, where, call.result()) for (driver, where, _), call in answered])
 
     async def _ask(self, ask: Callable[[Session, Indices, StreamHandle], Call[R]]) -> list[R]:
         asked = ((driver, ask(driver.session, where, handle)) for driver, where, handle in self._parts)
@@ -328,18 +329,17 @@ class AsyncGroup(GroupView):
             for (driver, where, handle), columns in shares
         )
         outputs = np.empty((*frames.shape[:2], info.outputs), np.float32)
-        times, errors = list[list[int]](), list[FramesRefused | StreamEvicted]()
+        errors = list[FramesRefused | StreamEvicted]()
         for (_, columns), call in zip(shares, calls, strict=True):
             if isinstance(call.error, FramesRefused | StreamEvicted):
                 errors.append(call.error)
                 outputs[:, columns] = call.error.outputs
             else:
-                outputs[:, columns], *own = call.result()
-                times.append(own)
+                outputs[:, columns] = call.result().outputs
         answer = outputs.reshape(*prefix, info.outputs)
         if errors:
             raise _joined(errors, answer)
-        return TimedOutputs(answer, *(max(each) for each in zip(*times, strict=True)))
+        return TimedOutputs(answer, *map(max, zip(*(call.result()[1:] for call in calls), strict=True)))
 
     async def read_state(self) -> tuple[U64, State]:
         """Return seqs, uint64 [N], and the states of N streams; see `AsyncStream.read_state`."""
