@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,13 @@ import pytest
 from rich.console import Console
 
 from instep.cluster import copies
-from instep.cluster.copies import CopiedShard, HeldCopy
+from instep.cluster.copies import COMPLETE, CopiedShard, HeldCopy
 from instep.cluster.rules import ShardRole
 from instep.cluster.talk import Caller, Listener, NodeRequest, Rejected
 from instep.config import TransportConfig
 from instep.frontends.shards import Shard
 from instep.models.folder import load_model
+from instep.recording.database import DatabaseLimits
 from instep.recording.errors import RecordingError
 from instep.recording.inspection import inspect
 from instep.recording.lock import is_being_written
@@ -63,14 +66,18 @@ class Directory:
         self.joining, self.attempt = "two", self.attempt + 1
         return self.role()
 
+    def has_been_asked(self, what: str, attempt: int | None = None) -> bool:
+        return (what, self.attempt if attempt is None else attempt) in self.asked
+
     def _note(self, what: str, attempt: int = 0) -> None:
         self.asked.append((what, attempt))
         assert self.is_there.wait(60)
 
     def begins(self, shard: int, term: int, node: str) -> ShardRole | None:
         self._note("begins")
-        self.attempt = self.copy_attempt = self.attempt + 1
-        return self.role() if term == self.term else None
+        role = self.role()._replace(attempt=self.attempt + 1)
+        self.attempt = self.copy_attempt = role.attempt
+        return role if term == self.term else None
 
     def attached(self, shard: int, term: int, attempt: int) -> bool:
         self._note("attached", attempt)
@@ -92,26 +99,21 @@ class Directory:
         return True
 
 
-class Kit:
-    """A server's side and the copy's, in one process: folders `one` and `two`."""
+class Holder:
+    """A process with a copy, in a thread."""
 
     def __init__(self, folder: Path) -> None:
-        self.one, self.two = folder / "one", folder / "two"
-        self.one.mkdir()
-        self.directory = Directory()
-        self.lines: list[Any] = []
+        self.folder = folder
+        self.endpoint = ""
         self.turn = threading.Lock()
-        """Whoever holds it freezes the process with the copy."""
-        self.shard = Shard(term=TERM)
-        self.call: Callable[[str], Caller] = Caller
+        """Whoever holds it freezes the process."""
         self._ends = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread()
 
-    def hold(self) -> None:
-        """Begin the process with the copy, perhaps again."""
+    def start(self) -> None:
         self._ends.clear()
-        listener, copy = Listener(TransportConfig(endpoint="tcp://127.0.0.1:0"), None), HeldCopy(self.two, TERM)
-        self.directory.endpoint = listener.endpoint
+        listener, copy = Listener(TransportConfig(endpoint="tcp://127.0.0.1:0"), None), HeldCopy(self.folder, TERM)
+        self.endpoint = listener.endpoint
 
         def answer() -> None:
             while not self._ends.is_set():
@@ -125,36 +127,103 @@ class Kit:
         self._thread.start()
 
     def kill(self) -> None:
-        """End the process with the copy."""
-        if self._thread is not None:
-            self._ends.set()
+        self._ends.set()
+        if self._thread.is_alive():
             self._thread.join()
-        self._thread = None
 
-    def copied(self, timeout_s: float = 30.0) -> CopiedShard:
-        """What the server does first."""
-        return CopiedShard(
+
+class Link(Caller):
+    """The server's connection to a copy."""
+
+    def __init__(self, endpoint: str, before: Callable[[str], object]) -> None:
+        super().__init__(endpoint)
+        self._before = before
+
+    def ask(self, verb: str, *arguments: Any, within_s: float) -> Any:
+        self._before(verb)
+        return super().ask(verb, *arguments, within_s=within_s)
+
+
+class Kit:
+    """A shard's server with its recordings in the folder `one`, and a node for the copy, `two`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.one, self.holder = folder / "one", Holder(folder / "two")
+        self.directory = Directory()
+        self.lines: list[Any] = []
+        self.before: Callable[[str], object] = lambda verb: None
+        """Called before the server asks a copy; it may raise what a connection raises."""
+        self._links: list[Link] = []
+
+    def hold(self) -> None:
+        self.holder.start()
+        self.directory.endpoint = self.holder.endpoint
+
+    def make(self, timeout_s: float = 30.0) -> None:
+        """A process of the server, which has not asked anything."""
+        self.shard = Shard(term=TERM)
+        self.copied = CopiedShard(
             self.shard,
             "one",
             self.one,
             self.directory,
-            lambda role: self.call(role.address),
+            self._call,
             "commit",
             log_into(self.lines),
             timeout_s,
         )
 
-    def write(self, copied: CopiedShard, name: str = "a.instep") -> Scribe:
-        scribe = small_scribe(self.one, name)
-        scribe.writer.commit()
-        scribe.writer.second_place = self.shard.second_place
+    def _call(self, role: ShardRole) -> Caller:
+        self._links.append(Link(role.address, self.before))
+        return self._links[-1]
+
+    def end(self) -> None:
+        """End the process of the server, as a later one does of which its role tells it."""
+        self.copied.follow(self.directory.role()._replace(address="somewhere", counts=True, attempt=10**6))
+        for thread in threading.enumerate():
+            if thread.name == "instep-copies":
+                thread.join(60)
+        while self._links:
+            self._links.pop().close()
+
+    def serve(self, timeout_s: float = 30.0) -> Scribe:
+        """The first server, with streams in a recording."""
+        self.one.mkdir()
+        self.make(timeout_s)
+        scribe = self.write()
+        self.copied.start()
         return scribe
 
-    def differences(self) -> list[str]:
-        """Tables whose rows differ."""
-        names = {file.name for folder in (self.one, self.two) for file in folder.glob("*.instep")}
-        one, two = ({name: rows(folder / name) for name in names} for folder in (self.one, self.two))
-        return [f"{name} {table}" for name in names for table in one[name] if one[name][table] != two[name][table]]
+    def write(self, name: str = "a.instep") -> Scribe:
+        scribe = small_scribe(self.one, name)
+        scribe.writer.commit()
+        scribe.writer.second_place = self.copied
+        return scribe
+
+    def join(self) -> None:
+        until(lambda: self.directory.attempt)
+        self.copied.follow(self.directory.join())
+
+    def attach(self) -> None:
+        said = len(self.lines)
+        self.join()
+        until(lambda: len(self.lines) > said)
+        assert self.shard.is_copied, self.lines
+
+    def check(self, folder: Path | None = None) -> None:
+        """The rows of recordings and copies are equal."""
+        one, two = (
+            {file.name: rows(file) for file in each.glob("*.instep")} for each in (self.one, folder or self.two)
+        )
+        assert one == two
+
+    @property
+    def two(self) -> Path:
+        return self.holder.folder
+
+    def dropped(self) -> list[int]:
+        """The attempts that the server had dropped."""
+        return [attempt for what, attempt in self.directory.asked if what == "dropped"]
 
 
 def rows(file: Path) -> dict[str, list[Any]]:
@@ -169,7 +238,17 @@ def kit(tmp_path: Path) -> Iterator[Kit]:
     made.hold()
     yield made
     made.directory.is_there.set()
-    made.kill()
+    made.end()
+    made.holder.kill()
+
+
+@pytest.fixture
+def third(tmp_path: Path) -> Iterator[Holder]:
+    """Another node that can have a copy."""
+    holder = Holder(tmp_path / "third")
+    holder.start()
+    yield holder
+    holder.kill()
 
 
 def until(holds: Callable[[], object]) -> None:
@@ -190,170 +269,144 @@ def beside(act: Callable[[], object]) -> Iterator[threading.Thread]:
         thread.join(60)
 
 
-def attach(kit: Kit, copied: CopiedShard) -> None:
-    said = len(kit.lines)
-    copied.follow(kit.directory.join())
-    until(lambda: len(kit.lines) > said)
-    assert kit.shard.is_copied, kit.lines
+def step(scribe: Scribe) -> None:
+    scribe.step(STREAMS)
+    scribe.writer.commit()
 
 
 def test_the_rows_of_both_are_equal_whenever_a_copy_begins(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(copies, "_PORTION_BYTES", 1024)
     monkeypatch.setattr(copies, "_AHEAD_BYTES", 2048)
     monkeypatch.setattr(copies, "_HELD_UP_S", 0.001)
-    monkeypatch.setattr(copies, "_AGAIN_S", 0.01)
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    scribe = kit.write(copied)
+    scribe = kit.serve()
     begun = 0
     for number in live(scribe, 10**6):
         if number % 50 == 0 and (kit.shard.is_copied or not begun):
-            assert not begun or kit.differences() == []
+            if begun:
+                kit.check()
             if begun == 5 and scribe.writer.trimmed.position:
                 break
             begun += 1
-            copied.follow(kit.directory.join())
+            kit.join()
         if number % 7 == 0:
             scribe.checkpoint(scribe.writer.position)
             scribe.writer.commit()
-    assert kit.differences() == []
+    kit.check()
     scribe.writer.close()
-    assert kit.differences() == []
-    kit.kill()
+    kit.check()
+    kit.holder.kill()
     assert inspect(kit.two / "a.instep") == inspect(kit.one / "a.instep")
 
 
 def test_both_are_verified(kit: Kit, tmp_path: Path) -> None:
+    kit.serve()
     gru = make_gru(3, 4)
     model = record_gru(tmp_path, gru, [1])
     header = make_header(gru_description(gru), model_fingerprint=load_model(model.folder).fingerprint)
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    writer = RecordingWriter.create(kit.one / "a.instep", header, Retention(keep_ns=300_000))
-    writer.second_place = kit.shard.second_place
+    writer = RecordingWriter.create(kit.one / "b.instep", header, Retention(keep_ns=300_000))
+    writer.second_place = kit.copied
     scribe = Scribe(writer, gru_step(gru))
     for stream in STREAMS:
         scribe.open(stream)
     for number in live(scribe, 200):
         if number == 100:
-            attach(kit, copied)
+            kit.attach()
     writer.close()
-    kit.kill()
+    kit.holder.kill()
     for folder in (kit.one, kit.two):
         console = Console(file=io.StringIO())
-        assert run(folder / "a.instep", model_folder=model.folder, streams=[], json=False, console=console) == 0
+        assert run(folder / "b.instep", model_folder=model.folder, streams=[], json=False, console=console) == 0
 
 
 def test_a_copy_never_has_what_its_server_has_not_committed(kit: Kit) -> None:
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    scribe = kit.write(copied)
-    attach(kit, copied)
+    scribe = kit.serve()
+    kit.attach()
 
     def fail() -> None:
         raise sqlite3.OperationalError("the disk is full")
 
     with pytest.raises(sqlite3.OperationalError):
-        copied.commit(scribe.writer.path, [("UPDATE newest SET position = ?", [(10**6,)])], fail)
-    kit.kill()
-    assert kit.differences() == []
+        kit.copied.commit(scribe.writer.path, [("UPDATE newest SET position = ?", [(10**6,)])], fail)
+    kit.holder.kill()
+    kit.check()
 
 
-def test_a_file_that_is_new_is_in_the_next_copy(kit: Kit) -> None:
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    kit.write(copied)
-    attach(kit, copied)
-    scribe = kit.write(copied, "b.instep")
-    scribe.step(STREAMS)
-    scribe.writer.commit()
-    assert ("dropped", kit.directory.attempt) in kit.directory.asked
+def test_the_wal_of_a_copy_is_used_again(kit: Kit) -> None:
+    kit.serve()
+    writer = RecordingWriter.create(kit.one / "b.instep", HEADER, limits=DatabaseLimits(wal_bytes=2**17))
+    writer.second_place = kit.copied
+    kit.attach()
+    for _ in range(100):
+        writer.event(1, "note", None, "x" * 2**15)
+        writer.commit()
+        writer.copy_wal()
+    assert (kit.two / "b.instep-wal").stat().st_size < 2**20
+    kit.check()
+
+
+@pytest.mark.parametrize("is_meanwhile", [False, True])
+def test_a_file_that_is_new_is_in_the_next_copy(kit: Kit, is_meanwhile: bool) -> None:
+    kit.serve()
+    new = threading.Event()
+
+    def write(verb: str) -> None:
+        if verb == "whole" and not new.is_set():
+            new.set()
+            step(kit.write("b.instep"))
+
+    if is_meanwhile:
+        kit.before = write
+        kit.join()
+        until(lambda: kit.lines)
+    else:
+        kit.attach()
+        step(kit.write("b.instep"))
+    assert kit.directory.has_been_asked("dropped")
     assert not kit.shard.is_copied
-    attach(kit, copied)
-    assert kit.differences() == []
-    assert {file.name for file in kit.two.glob("*.instep")} == {"a.instep", "b.instep"}
-
-
-def test_a_file_that_is_begun_while_a_copy_is_made_is_in_the_next_one(
-    kit: Kit, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    kit.write(copied)
-    portions = copies._portions
-
-    def meanwhile(file: Path) -> Iterator[Any]:
-        if not (kit.one / "b.instep").exists():
-            scribe = kit.write(copied, "b.instep")
-            scribe.step(STREAMS)
-            scribe.writer.commit()
-        yield from portions(file)
-
-    monkeypatch.setattr(copies, "_portions", meanwhile)
-    copied.follow(kit.directory.join())
-    until(lambda: kit.lines)
-    assert not kit.shard.is_copied
-    attach(kit, copied)
-    assert kit.differences() == []
+    kit.attach()
+    kit.check()
 
 
 @pytest.mark.parametrize("end", ["frozen", "killed", "replaced"])
 def test_a_server_whose_copy_is_lost_continues_once_the_directory_has_stored_that(kit: Kit, end: str) -> None:
-    copied = kit.copied(timeout_s=4.0 if end == "frozen" else 1000.0)
-    copied.begin()
-    copied.start()
-    scribe = kit.write(copied)
-    attach(kit, copied)
+    scribe = kit.serve(timeout_s=4.0 if end == "frozen" else 1000.0)
+    kit.attach()
     with ExitStack() as frozen:
         if end == "frozen":
-            frozen.enter_context(kit.turn)
+            frozen.enter_context(kit.holder.turn)
         else:
-            kit.kill()
+            kit.holder.kill()
         if end == "replaced":
             kit.hold()  # it knows of no sender
         kit.directory.is_there.clear()
-        scribe.step(STREAMS)
-        lost = ("dropped", kit.directory.attempt)
-        with beside(scribe.writer.commit) as committing:
-            until(lambda: lost in kit.directory.asked)
+        with beside(partial(step, scribe)) as committing:
+            until(lambda: kit.directory.has_been_asked("dropped"))
             assert committing.is_alive()
-            assert copied.is_used
+            assert kit.copied.is_used
             kit.directory.is_there.set()
-        assert not copied.is_used
+        assert not kit.copied.is_used
         assert not kit.shard.is_copied
-        scribe.step(STREAMS)
-        scribe.writer.commit()
+        step(scribe)
     if end == "killed":
         kit.hold()
-    attach(kit, copied)
-    assert kit.differences() == []
+    kit.attach()
+    kit.check()
 
 
 def test_a_server_that_records_nothing_notices_that_its_copy_is_lost(kit: Kit) -> None:
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    kit.write(copied)
-    attach(kit, copied)
-    kit.kill()
+    kit.serve()
+    kit.attach()
+    kit.holder.kill()
     until(lambda: not kit.shard.is_copied)
-    assert ("dropped", kit.directory.attempt) in kit.directory.asked
+    assert kit.directory.has_been_asked("dropped")
 
 
 @pytest.mark.parametrize("waits_for", ["commit", "barrier"])
 def test_a_server_whose_term_is_over_ends(kit: Kit, waits_for: str) -> None:
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    scribe = kit.write(copied)
-    attach(kit, copied)
+    scribe = kit.serve()
+    kit.attach()
     kit.directory.term += 1
-    kit.kill()  # as a node does that becomes the server
+    kit.holder.kill()  # as a node does that becomes the server
     failures, durable = list[Exception](), list[int]()
     recorder = Recorder(scribe.writer, 64, lambda: None, failures.append, durable.append)
     if waits_for == "commit":
@@ -366,201 +419,166 @@ def test_a_server_whose_term_is_over_ends(kit: Kit, waits_for: str) -> None:
     assert not durable
 
 
-def without_its_key(address: str) -> Caller:
+def without_its_key(verb: str) -> None:
     raise InvalidInput("the file of peers does not have the node")
 
 
 def test_a_node_gets_a_copy_once_its_key_is_known(kit: Kit) -> None:
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    kit.write(copied)
-    kit.call = without_its_key
-    copied.follow(kit.directory.join())
-    until(lambda: ("dropped", kit.directory.attempt) in kit.directory.asked)
-    kit.call = Caller
-    attach(kit, copied)
+    kit.serve()
+    kit.before = without_its_key
+    kit.join()
+    until(lambda: kit.directory.has_been_asked("dropped"))
+    kit.before = lambda verb: None
+    kit.attach()
 
 
-def test_an_attempt_that_the_directory_does_not_want_any_more_never_counts(kit: Kit) -> None:
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    scribe = kit.write(copied)
+@pytest.mark.parametrize("is_over", [False, True])
+def test_an_attempt_that_the_directory_does_not_want_any_more_never_counts(kit: Kit, is_over: bool) -> None:
+    scribe = kit.serve()
+    until(lambda: kit.directory.attempt)
     role = kit.directory.join()
     kit.directory.attempt += 1
-    copied.follow(role)
-    until(lambda: ("dropped", role.attempt) in kit.directory.asked)
-    scribe.step(STREAMS)
-    scribe.writer.commit()
+    kit.directory.term += is_over
+    kit.copied.follow(role)
+    until(lambda: kit.directory.has_been_asked("dropped", role.attempt))
+    if is_over:
+        with pytest.raises(RecordingError):
+            step(scribe)
+        return
+    step(scribe)
     assert not kit.shard.is_copied
-    attach(kit, copied)
-
-
-def test_a_server_whose_term_ended_while_it_had_no_copy_ends_with_its_next_commit(kit: Kit) -> None:
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    scribe = kit.write(copied)
-    role = kit.directory.join()
-    kit.directory.term += 1
-    copied.follow(role)
-    until(lambda: copied.is_used and ("dropped", role.attempt) in kit.directory.asked)
-    scribe.step(STREAMS)
-    with pytest.raises(RecordingError):
-        scribe.writer.commit()
+    kit.attach()
 
 
 def test_a_copy_counts_once_the_directory_has_stored_that_and_stays_while_its_role_does(kit: Kit) -> None:
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    scribe = kit.write(copied)
+    scribe = kit.serve()
+    until(lambda: kit.directory.attempt)
     kit.directory.is_there.clear()
-    copied.follow(kit.directory.join())
-    until(lambda: copied.is_used)
-    scribe.step(STREAMS)
-    scribe.writer.commit()
+    kit.join()
+    until(lambda: kit.directory.has_been_asked("attached"))
+    step(scribe)
     assert not kit.shard.is_copied
     kit.directory.is_there.set()
     until(lambda: kit.shard.is_copied)
-    copied.follow(kit.directory.role())
-    time.sleep(0.1)
+    kit.copied.follow(kit.directory.role())
+    step(scribe)
     assert kit.shard.is_copied
-    assert kit.differences() == []
-    assert not any(what == "dropped" for what, _ in kit.directory.asked)
+    kit.check()
+    assert kit.dropped() == []
 
 
 @pytest.mark.parametrize("is_lost", [False, True])
-def test_the_former_copy_counts_until_another_node_has_a_whole_one(
-    kit: Kit, tmp_path: Path, is_lost: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_former_copy_counts_until_another_node_has_a_whole_one(kit: Kit, third: Holder, is_lost: bool) -> None:
     kit.directory.needs_copy = True
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    scribe = kit.write(copied)
-    attach(kit, copied)
-    goes_on, portions = threading.Event(), copies._portions
-
-    def slow(file: Path) -> Iterator[Any]:
-        assert goes_on.wait(60)
-        yield from portions(file)
-
-    monkeypatch.setattr(copies, "_portions", slow)
-    (tmp_path / "other").mkdir()
-    other, said = Kit(tmp_path / "other"), len(kit.lines)
-    other.hold()
-    try:
-        kit.directory.endpoint = other.directory.endpoint
-        copied.follow(kit.directory.join())
-        until((tmp_path / "other" / ".two.new").exists)
-        scribe.step(STREAMS)
-        scribe.writer.commit()
-        assert kit.shard.is_copied
-        assert kit.differences() == []
-        if is_lost:
-            other.kill()
-        goes_on.set()
-        until(lambda: len(kit.lines) > said)
-        scribe.step(STREAMS)
-        scribe.writer.commit()
-        assert kit.shard.is_copied
-        keeps = kit.two if is_lost else other.two
-        assert rows(keeps / "a.instep") == rows(kit.one / "a.instep")
-        dropped = [("dropped", kit.directory.attempt)]
-        until(lambda: [each for each in kit.directory.asked if each[0] == "dropped"] == dropped * is_lost)
-    finally:
-        other.kill()
+    scribe = kit.serve()
+    kit.attach()
+    goes_on, said = threading.Event(), len(kit.lines)
+    kit.before = lambda verb: verb == "whole" and goes_on.wait(60)
+    kit.directory.endpoint = third.endpoint
+    kit.join()
+    until((third.folder.parent / ".third.new").exists)
+    step(scribe)
+    assert kit.shard.is_copied
+    kit.check()
+    if is_lost:
+        third.kill()
+    goes_on.set()
+    until(lambda: len(kit.lines) > said)
+    step(scribe)
+    assert kit.shard.is_copied
+    kit.check(kit.two if is_lost else third.folder)
+    until(lambda: kit.dropped() == [kit.directory.attempt] * is_lost)
 
 
 @pytest.mark.parametrize("fails", ["former", "new"])
-def test_of_two_copies_that_are_waited_for_one_fails(kit: Kit, tmp_path: Path, fails: str) -> None:
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    scribe = kit.write(copied)
-    attach(kit, copied)
+def test_of_two_copies_that_are_waited_for_one_fails(kit: Kit, third: Holder, fails: str) -> None:
+    scribe = kit.serve()
+    kit.attach()
     former = kit.directory.attempt
-    (tmp_path / "other").mkdir()
-    other = Kit(tmp_path / "other")
-    other.hold()
-    try:
-        kit.directory.endpoint = other.directory.endpoint
-        kit.directory.is_there.clear()
-        copied.follow(kit.directory.join())
-        until(lambda: ("attached", former + 1) in kit.directory.asked)
-        (other if fails == "new" else kit).kill()  # the former one by its agent, as soon as the directory has decided
-        scribe.step(STREAMS)
-        with beside(scribe.writer.commit) as committing:
-            committing.join(0.2)
-            assert committing.is_alive()
-            kit.directory.is_there.set()
-        dropped = [attempt for what, attempt in kit.directory.asked if what == "dropped"]
-        if fails == "new":  # it is not known here whether it counts
-            assert dropped[:2] == [former + 1, former]
-            assert not kit.shard.is_copied
-        else:
-            assert dropped == []
-            assert kit.shard.is_copied
-            assert rows(other.two / "a.instep") == rows(kit.one / "a.instep")
-    finally:
-        other.kill()
+    kit.directory.endpoint = third.endpoint
+    kit.directory.is_there.clear()
+    kit.join()
+    until(lambda: kit.directory.has_been_asked("attached"))
+    (third if fails == "new" else kit.holder).kill()  # the former one by its agent, once the directory has decided
+    with beside(partial(step, scribe)) as committing:
+        committing.join(0.2)
+        assert committing.is_alive()
+        kit.directory.is_there.set()
+    if fails == "new":  # it is not known here whether it counts
+        assert kit.dropped()[:2] == [former + 1, former]
+        assert not kit.shard.is_copied
+    else:
+        assert kit.dropped() == []
+        assert kit.shard.is_copied
+        kit.check(third.folder)
 
 
 def test_where_a_copy_is_needed_nothing_is_durable_without_one(kit: Kit) -> None:
     kit.directory.needs_copy = True
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    scribe = kit.write(copied)
-    scribe.step(STREAMS)
-    with beside(scribe.writer.commit) as committing:
+    scribe = kit.serve()
+    with beside(partial(step, scribe)) as committing:
         time.sleep(0.05)
         assert committing.is_alive()
-        assert copied.is_used
-        copied.follow(kit.directory.join())
+        assert kit.copied.is_used
+        kit.join()
     assert kit.shard.is_copied
-    assert kit.differences() == []
+    kit.check()
 
 
 # A server that begins
 
 
-def test_the_first_server_has_a_recording_when_it_asks(kit: Kit) -> None:
-    copied = kit.copied()
-    kit.write(copied).writer.commit()
-    assert kit.directory.asked == []
-    copied.start()
-    assert kit.directory.asked == [("begins", 0)]
-    attach(kit, copied)
+def test_the_first_server_has_a_recording_when_it_asks_and_answers_nothing_before(kit: Kit) -> None:
+    kit.directory.is_there.clear()
+    scribe = kit.serve()
+    with beside(partial(step, scribe)) as committing:
+        until(lambda: kit.directory.asked == [("begins", 0)])
+        assert committing.is_alive()
+        assert kit.copied.is_used
+        kit.directory.is_there.set()
+    kit.attach()
+    kit.check()
+
+
+def test_a_first_server_whose_term_is_over_answers_nothing(kit: Kit) -> None:
+    kit.directory.term += 1
+    scribe = kit.serve()
+    with pytest.raises(RecordingError):
+        step(scribe)
 
 
 def served_before(kit: Kit) -> None:
     """A server with a copy that counts was killed."""
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    scribe = kit.write(copied)
-    attach(kit, copied)
-    scribe.step(STREAMS)
-    scribe.writer.commit()
+    scribe = kit.serve()
+    kit.attach()
+    step(scribe)
     scribe.writer.abandon()
-    copied.close()
-    kit.shard = Shard(term=TERM)
+    kit.end()
+    kit.make()
 
 
-def test_a_server_that_begins_again_gives_its_copy_all_before_it_answers(kit: Kit) -> None:
+@pytest.mark.parametrize("copy", ["answers", "is gone", "has no key"])
+def test_a_server_that_begins_again_has_its_copy_dropped_before_it_answers(kit: Kit, copy: str) -> None:
     served_before(kit)
-    with sqlite3.connect(kit.one / "a.instep") as database:
-        database.execute("INSERT INTO events VALUES (99, 1, NULL, NULL, 'note', 'not in the copy', NULL, 0)")
-    database.close()
-    copied = kit.copied()
-    copied.begin()
-    copied.start()
-    assert kit.shard.is_copied
-    assert ("attached", kit.directory.attempt) in kit.directory.asked
-    assert kit.differences() == []
+    if copy == "is gone":
+        kit.holder.kill()
+        kit.make(timeout_s=0.2)
+    elif copy == "has no key":
+        kit.before = without_its_key
+    kit.copied.begin()
+    writer = RecordingWriter.resume(kit.one / "a.instep", HEADER)
+    writer.second_place = kit.copied
+    kit.directory.is_there.clear()
+    kit.copied.start()
+    with beside(writer.commit) as committing:
+        until(lambda: kit.directory.has_been_asked("dropped"))
+        assert committing.is_alive()
+        kit.directory.is_there.set()
+    assert not kit.copied.is_used
+    assert not any(line["level"] == "warning" for line in kit.lines)
+    if copy == "answers":
+        kit.attach()
+        kit.check()
 
 
 @pytest.mark.parametrize("has", ["nothing", "less", "damage"])
@@ -576,59 +594,41 @@ def test_a_server_with_less_than_its_copy_has_does_not_begin(kit: Kit, has: str)
     else:
         file.write_bytes(b"\0" * file.stat().st_size)
     with pytest.raises(CannotServe):
-        kit.copied().begin()
+        kit.copied.begin()
     assert kit.directory.asked[-1] == ("behind", kit.directory.attempt)
 
 
 def test_a_server_of_an_earlier_term_does_not_begin(kit: Kit) -> None:
+    kit.make()
     kit.directory.term += 1
     with pytest.raises(CannotServe):
-        kit.copied().begin()
+        kit.copied.begin()
 
 
-@pytest.mark.parametrize("why", ["it is gone", "its key is not known", "the recording is large"])
-def test_a_server_that_was_killed_continues_without_a_copy_that_does_not_answer(
-    kit: Kit, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_a_server_that_may_have_lost_something_waits_for_its_copy(kit: Kit, is_empty: bool) -> None:
     served_before(kit)
-    if why == "the recording is large":
-        monkeypatch.setattr(copies, "_COPIED_FIRST_BYTES", 0)
-    elif why == "it is gone":
-        kit.kill()
-    else:
-        kit.call = without_its_key
-    copied = kit.copied(timeout_s=0.2 if why == "it is gone" else 30.0)
-    copied.begin()
-    copied.start()
-    assert kit.directory.asked[-1] == ("dropped", kit.directory.attempt)
-    assert not copied.is_used
-
-
-@pytest.mark.parametrize("why", ["the machine was started again", "the disk is empty"])
-def test_a_server_that_may_have_lost_something_waits_for_its_copy(
-    kit: Kit, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(copies, "_AGAIN_S", 0.01)
-    served_before(kit)
-    if why == "the disk is empty":
+    if is_empty:
         shutil.rmtree(kit.one)
     else:
-        monkeypatch.setattr(copies, "_boot", lambda: "another")
-    kit.kill()
-    copied = kit.copied(timeout_s=0.1)
+        (kit.one / COMPLETE).write_text(json.dumps({"term": TERM, "boot": "before the machine was started again"}))
+    kit.holder.kill()
+    kit.make(timeout_s=0.1)
     ended = list[str]()
 
     def begin() -> None:
-        with suppress(CannotServe):
-            copied.begin()
+        try:
+            kit.copied.begin()
             ended.append("serves")
+        except CannotServe:
+            ended.append("has less")
 
     with beside(begin) as beginning:
-        until(lambda: kit.directory.asked[-3:] == [("begins", 0)] * 3)
+        until(lambda: kit.directory.asked[-2:] == [("begins", 0)] * 2)
         assert beginning.is_alive()
         kit.hold()
-    assert ended == ([] if why == "the disk is empty" else ["serves"])
-    assert not any(what == "dropped" for what, _ in kit.directory.asked)
+    assert ended == ["has less" if is_empty else "serves"]
+    assert kit.dropped() == []
 
 
 # What a node takes as a copy
@@ -638,21 +638,24 @@ class Sender:
     """Sends to a copy what a server would, or should not."""
 
     def __init__(self, copy: HeldCopy, connection: bytes = b"one") -> None:
-        self.copy, self.connection, self.number = copy, connection, 0
+        self.copy, self.connection = copy, connection
 
     def ask(self, verb: str, *arguments: Any) -> Any:
-        self.number += 1
-        return self.copy.take(NodeRequest(self.connection, self.number, verb, list(arguments), ""))
+        return self.copy.take(NodeRequest(self.connection, 1, verb, list(arguments), ""))
 
-    def seed(self, attempt: int, file: str = "a.instep", term: int = TERM, position: int = 7) -> None:
-        self.ask("begin", term, attempt, "commit")
-        for key, value, crc in HEADER.rows():
-            self.ask("write", file, [("INSERT INTO header VALUES (?, ?, ?)", [(key, value, crc)])])
+    def seed(self, attempt: int, file: str = "a.instep", position: int = 7) -> None:
+        self.ask("begin", TERM, attempt, "commit")
+        header = [("INSERT INTO header VALUES (?, ?, ?)", list(HEADER.rows()))]
+        self.ask("commit", [(file, header)])
         self.write(position)
 
     def write(self, position: int) -> None:
-        self.ask("write", "a.instep", [("UPDATE newest SET position = ?", [(position,)])])
-        assert self.ask("commit") is True
+        self.ask("commit", [("a.instep", [("UPDATE newest SET position = ?", [(position,)])])])
+
+    def is_refused(self, verb: str, *arguments: Any) -> bool:
+        with pytest.raises(Rejected):
+            self.ask(verb, *arguments)
+        return True
 
 
 @pytest.fixture
@@ -665,38 +668,33 @@ def held(tmp_path: Path) -> Iterator[HeldCopy]:
 def test_a_copy_takes_rising_attempts_only_also_after_its_process_was_killed(tmp_path: Path, held: HeldCopy) -> None:
     sender = Sender(held)
     sender.seed(attempt=5)
-    sender.ask("whole")
-    late = Sender(held, b"late")
     for attempt, term in ((4, TERM), (5, TERM), (6, TERM - 1)):
-        with pytest.raises(Rejected):
-            late.ask("begin", term, attempt, "commit")
+        assert Sender(held, b"late").is_refused("begin", term, attempt, "commit")
+    sender.ask("whole")
+    assert Sender(held, b"late").is_refused("begin", TERM, 5, "commit")
     sender.write(8)
     held.close()
     with closing(HeldCopy(tmp_path / "two", TERM)) as again:
-        with pytest.raises(Rejected):
-            Sender(again).ask("begin", TERM, 5, "commit")
+        assert Sender(again).is_refused("begin", TERM, 5, "commit")
         assert Sender(again).ask("positions") == {"a.instep": 8}
         Sender(again).seed(attempt=6)
+    with closing(HeldCopy(tmp_path / "two", TERM)) as again:
+        assert Sender(again).is_refused("begin", TERM, 6, "commit")
     with closing(HeldCopy(tmp_path / "two", TERM + 1)) as next_term:
-        with pytest.raises(Rejected):
-            Sender(next_term).ask("begin", TERM, 7, "commit")
+        assert Sender(next_term).is_refused("begin", TERM, 7, "commit")
         Sender(next_term).ask("begin", TERM + 1, 1, "commit")  # of a directory whose store was lost
 
 
-def test_a_copy_takes_only_the_next_message_of_the_newest_attempt(held: HeldCopy) -> None:
+def test_a_copy_takes_nothing_of_a_former_attempt(held: HeldCopy) -> None:
     former, sender = Sender(held, b"former"), Sender(held)
     former.seed(attempt=1)
     sender.seed(attempt=2)
     with pytest.raises(Rejected):
         former.write(8)
-    sender.write(8)
+    sender.write(9)
     sender.ask("whole")
-    sender.number += 1  # a message was lost, as when ZeroMQ connects again
-    with pytest.raises(Rejected):
-        sender.write(9)
-    with pytest.raises(Rejected):
-        sender.write(10)
-    assert sender.ask("positions") == {"a.instep": 8}
+    assert former.is_refused("whole")
+    assert sender.ask("positions") == {"a.instep": 9}
 
 
 def test_the_old_copy_stays_until_the_new_one_is_whole(tmp_path: Path, held: HeldCopy) -> None:
@@ -717,12 +715,13 @@ def test_the_old_copy_stays_until_the_new_one_is_whole(tmp_path: Path, held: Hel
 @pytest.mark.parametrize(
     ("verb", "arguments"),
     [
-        ("write", ["a.instep", [("UPDATE nothing SET x = 1", [()])]]),
-        ("write", ["a.instep", [("ATTACH 'x' AS y", [()])]]),
-        ("write", ["a.instep", 7]),
-        ("write", ["../a.instep", []]),
-        ("write", ["other.instep", []]),
-        ("write", []),
+        ("commit", [[("a.instep", [("UPDATE nothing SET x = 1", [()])])]]),
+        ("commit", [[("a.instep", [("ATTACH 'x' AS y", [()])])]]),
+        ("commit", [[("a.instep", 7)]]),
+        ("commit", [[("../a.instep", [])]]),
+        ("commit", [[("other.instep", [])]]),
+        ("commit", []),
+        ("copy_wal", ["other.instep"]),
         ("whole", [1]),
         ("shutdown", []),
         ("begin", ["x", None, 7]),
@@ -734,11 +733,10 @@ def test_what_cannot_be_applied_ends_the_attempt_and_nothing_else(
     sender = Sender(held)
     sender.seed(attempt=1)
     sender.ask("whole")
-    with pytest.raises(Rejected):
-        sender.ask(verb, *arguments)
+    assert sender.is_refused(verb, *arguments)
     with pytest.raises(Rejected):
         sender.write(8)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [".two.json", "two"]
+    assert [file.name for file in tmp_path.iterdir()] == ["two"]
     sender.seed(attempt=2)
     sender.ask("whole")
     assert sender.ask("positions") == {"a.instep": 7}

@@ -127,6 +127,9 @@ class Place:
     def barrier(self) -> None:
         pass
 
+    def copy_wal(self, file: Path) -> None:
+        pass
+
 
 async def test_the_numbers_of_a_shard_tell_whether_it_has_a_copy(tmp_path: Path) -> None:
     recording, place = {"file": tmp_path / "r.instep"}, Place()

@@ -88,6 +88,9 @@ class OtherNode:
         if self.failure is not None:
             raise self.failure
 
+    def copy_wal(self, file: Path) -> None:
+        pass
+
 
 REFUSED: dict[str, Ask] = {
     "resume": lambda _, origin, handles, x: origin.resume(

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import shutil
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final, NoReturn, Protocol
 from urllib.parse import quote
@@ -30,10 +29,10 @@ from instep.cluster.rules import ShardRole
 from instep.cluster.talk import Caller, Listener, NoAnswer, NodeRequest, Rejected
 from instep.config import TransportConfig
 from instep.frontends.shards import Shard
-from instep.recording.database import LIMITS, SUFFIX, bytes_on_disk, insertion, make_tables
+from instep.recording.database import SUFFIX, insertion, make_tables
 from instep.recording.errors import RecordingError
 from instep.recording.lock import WriterLock
-from instep.recording.schema import TABLES, Durability
+from instep.recording.schema import TABLES, Column, Durability
 from instep.recording.writer import SET_NEWEST, Statement, set_up
 from instep.security.keys import ServerKeys
 from instep.server.preparation import CannotServe
@@ -42,23 +41,21 @@ from instep_client.states import sync_folder
 
 MAX_MESSAGE_BYTES: Final = 2**28
 """Of a transaction, and of those that wait while a copy begins."""
-_PORTION_BYTES: Final = 2**20
+_PORTION_BYTES: Final = 2**21
 _ROW_BYTES: Final = 64
-_AT_ONCE: Final = 64
+_AT_ONCE: Final = 16
 """Transactions that waited and that the copy commits together."""
-_CAUGHT_UP_S: Final = 0.15
-"""A copy that takes what was committed meanwhile within this time gets the rest while the recorder waits."""
-_AHEAD_BYTES: Final = 2**24
-_HELD_UP_S: Final = 0.2
-"""While more than that waits for a copy that begins, each commit takes so much longer, so that the copy catches up."""
-_COPIED_FIRST_BYTES: Final = 2**26
-"""A server that begins gives a copy that counts all of a recording up to this size before it answers."""
+_AHEAD_BYTES: Final = 2**22
+_HELD_UP_S: Final = 0.08
+"""While more than that waits for a copy that begins, each commit takes so much longer, so that the copy catches up. An
+answer may wait for two commits."""
+_ROUNDS: Final = 3
+"""How often a whole copy gets what was committed meanwhile before it gets the rest while the recorder waits."""
 _WHOLE_S: Final = 30.0
 """The time in which all of a new copy is on the disk, and in its place."""
 _AGAIN_S: Final = 1.0
 COMPLETE: Final = "complete.json"
 """Beside recordings: in which term, and since which start of the machine, they have all that they should have."""
-_KINDS: Final = "new", "old", "json"
 
 
 class CopiesDirectory(Protocol):
@@ -87,15 +84,15 @@ class CopiesDirectory(Protocol):
 class CopiedShard:
     """The recordings in a shard's folder, and their copy on another node: a `SecondPlace`.
 
-    Call `begin` before the recordings are opened, `start` before anything is answered, and `follow` with each new role.
-    The first server of a shard leaves `begin` to `start`: there is a recording before the directory is asked.
-    Nothing waits for a copy except the threads of recorders.
+    Call `begin` before the recordings are opened, `start` when they are, and `follow` with each new role. The first
+    server of a shard does not call `begin`: there is a recording before the directory is asked. Nothing waits for the
+    directory or a copy except `begin`, the threads of recorders, and one of this object's.
 
     Args:
         shard: of which server this is; its `second_place` and `is_copied` are kept here.
         node: the name of this node.
         folder: with the recordings.
-        directory: is asked in the threads of recorders and in one of this object's.
+        directory: is asked in these threads.
         call: makes a connection to the copy that a role names; may raise InvalidInput.
         durability: of the recordings, and of the copy.
         log: gets a line when a copy begins to count, and when one is lost.
@@ -116,9 +113,9 @@ class CopiedShard:
         self._shard, self._node, self._folder = shard, node, folder
         self._directory, self._call, self._durability = directory, call, durability
         self._log, self._timeout_s = log, timeout_s
-        self._roles: queue.SimpleQueue[ShardRole] = queue.SimpleQueue()
-        self._role = ShardRole(shard.number, shard.term)
-        """With the newest attempt."""
+        self._role = self._newest = ShardRole(shard.number, shard.term)
+        """The role with the last attempt that was made, and the one that was told last."""
+        self._told = threading.Event()
         self._changed = threading.Condition()
         """Held while a transaction is committed, here and there, and while what follows changes."""
         self._copies: dict[Caller, ShardRole] = {}
@@ -128,9 +125,9 @@ class CopiedShard:
         self._waiting_bytes = 0
         self._given: list[str] = []
         """The files that a copy which begins gets; the beginning of any other is not among the transactions."""
+        self._is_starting = False
         self._is_over = False
         """Whether another server may have begun."""
-        self.is_used = False
         shard.second_place = self
 
     def begin(self) -> None:
@@ -141,51 +138,38 @@ class CopiedShard:
         """
         settle(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        now = {"term": self._shard.term, "boot": _boot()}
+        note, boot = self._folder / COMPLETE, _boot()
         while (role := self._directory.begins(self._shard.number, self._shard.term, self._node)) is not None:
-            self._role, self.is_used = role, role.needs_copy
-            theirs = self._positions_of_copy() if role.counts else {}
-            own = positions(self._folder)
-            if theirs is not None and any(position > own.get(file, 0) for file, position in theirs.items()):
-                self._directory.behind(role.shard, role.term, role.attempt)
-                raise CannotServe(f"the copy of shard {role.shard} on {role.other} has more than the recording here")
+            theirs = self._positions_of_copy(role) if role.counts else {}
             # Until the machine is started again, a recording has all that was ever committed in it.
-            note = _read_note(self._folder / COMPLETE)
-            if theirs is None and note.get("boot") != now["boot"]:
+            if theirs is None and _read_note(note).get("boot") != boot:
                 reason = "the recording may lack its end, and the copy, which counts, does not answer"
                 self._log.warning("waiting for the copy", node=role.other, reason=reason)
                 time.sleep(_AGAIN_S)
                 continue
-            if theirs is None:
-                self._drop(role, "it does not answer")
-            elif role.counts and note.get("term") != now["term"]:
-                self._drop(role, "the former server has ended in order, and another copy is made")
-            _write_note(self._folder / COMPLETE, now)
+            own = positions(self._folder)
+            if theirs and any(position > own.get(file, 0) for file, position in theirs.items()):
+                self._directory.behind(role.shard, role.term, role.attempt)
+                raise CannotServe(f"the copy of shard {role.shard} on {role.other} has more than the recording here")
+            _write_note(note, {"term": self._shard.term, "boot": boot})
+            self._role = role
             return
         raise CannotServe(f"shard {self._shard.number} has had another server since term {self._shard.term}")
 
     def start(self) -> None:
-        """Give a copy that counts everything, or have it dropped; follow roles from now on.
-
-        Raises:
-            CannotServe, RecordingError: another node serves the shard.
-        """
-        if not self._role.begun:
-            self.begin()
-        if self._role.counts and sum(map(bytes_on_disk, _files(self._folder))) > _COPIED_FIRST_BYTES:
-            self._drop(self._role, "the recording is too large to be copied before anything is answered")
-        if self._role.counts:
-            self._try(self._role)
+        """Have a former copy dropped, before anything is answered, and follow roles from now on."""
+        self._is_starting = True
         threading.Thread(target=self._follow, name="instep-copies", daemon=True).start()
 
     def follow(self, role: ShardRole) -> None:
         """Begin another copy if the role names one; called in any thread."""
-        self._roles.put(role)
+        self._newest = role
+        self._told.set()
 
-    def close(self) -> None:
-        """End the connection to the copy; nothing is sent any more."""
-        with self._changed:
-            self._let_go()
+    @property
+    def is_used(self) -> bool:
+        """Whether answers depend on more than the recordings here."""
+        return bool(self._copies) or self._is_starting or self._role.needs_copy or self._is_over
 
     def commit(self, file: Path, statements: Sequence[Statement], here: Callable[[], object]) -> None:
         """Commit a transaction of a recording here, and in the copy.
@@ -194,108 +178,115 @@ class CopiedShard:
             RecordingError: another node serves the shard.
         """
         with self._changed:
-            self._tell(lambda copy: copy.send("write", file.name, statements))
             here()  # first, so that a copy never has more
             if self._waiting is not None:
                 self._waiting.append((file.name, statements))
-                self._waiting_bytes += _bytes_of(statements)
+                self._waiting_bytes += sum(_bytes_of(rows) for _, rows in statements)
                 if self._waiting_bytes > MAX_MESSAGE_BYTES or file.name not in self._given:
                     self._waiting = None
                 elif self._waiting_bytes > _AHEAD_BYTES:
                     self._changed.wait(_HELD_UP_S)
-            self.barrier()
+            self._commit_there((file.name, statements))
+            self._check()
 
     def barrier(self) -> None:
-        """Return once the copy, if there is one, has committed what was sent.
+        """Return once the copy, if there is one, has committed an empty transaction.
 
         Raises:
             RecordingError: another node serves the shard.
         """
         with self._changed:
-            self._tell(lambda copy: copy.ask("commit", within_s=self._timeout_s))
-            while self._role.needs_copy and not self._shard.is_copied and not self._is_over:
-                self._changed.wait()
-            self._check_term()
+            self._commit_there()
+            self._check()
 
-    def _check_term(self) -> None:
-        if self._is_over:
-            raise RecordingError(f"shard {self._role.shard} has had another server since term {self._role.term}")
+    def copy_wal(self, file: Path) -> None:
+        """Have the copy do the same."""
+        with self._changed, suppress(NoAnswer):
+            for copy in self._copies:
+                copy.send("copy_wal", file.name)
 
-    def _tell(self, act: Callable[[Caller], object]) -> None:
+    def _commit_there(self, *transactions: tuple[str, Sequence[Statement]]) -> None:
         for copy in [*self._copies]:
             if copy not in self._copies:
                 continue
             try:
-                act(copy)
+                copy.ask("commit", transactions, within_s=self._timeout_s)
             except (NoAnswer, Rejected) as error:
                 if copy is [*self._copies][-1]:
                     self._lose(str(error))
                 while copy in self._copies:  # its process ends once the directory has another in its place
                     self._changed.wait()
 
+    def _check(self) -> None:
+        """Return when something may be answered."""
+        while self._is_starting or (self._role.needs_copy and not self._shard.is_copied and not self._is_over):
+            self._changed.wait()
+        if self._is_over:
+            raise RecordingError(f"shard {self._role.shard} has had another server since term {self._role.term}")
+
     def _lose(self, reason: str) -> None:
         """Continue without the copies once the directory has stored that; of two, it is not known here which counts."""
-        roles = [*self._copies.values()]
-        self._let_go()
-        for role in reversed(roles):
-            self._drop(role, reason)
+        for copy, role in reversed(self._copies.items()):
+            copy.close()
+            self._log.warning("copy lost", node=role.other, reason=reason)
+            self._drop(role)
+        self._copies = {}
         self._say()
 
-    def _drop(self, role: ShardRole, reason: str) -> None:
-        self._role = self._role._replace(counts=False)
-        self._log.warning("copy lost", node=role.other, reason=reason)
-        if not self._directory.dropped(role.shard, role.term, role.attempt):
-            self._is_over = True
-            self._say()
-        self._check_term()
-
-    def _let_go(self) -> None:
-        for copy in self._copies:
-            copy.close()
-        self._copies = {}
+    def _drop(self, role: ShardRole) -> None:
+        self._is_over |= not self._directory.dropped(role.shard, role.term, role.attempt)
 
     def _say(self) -> None:
-        with self._changed:
-            self._shard.is_copied = any(role.counts for role in self._copies.values())
-            self.is_used = bool(self._copies) or self._role.needs_copy or self._is_over
-            self._changed.notify_all()
+        self._shard.is_copied = any(role.counts for role in self._copies.values())
+        self._changed.notify_all()
 
-    # In a thread of its own, except for the first copy of `start`.
+    # In a thread of its own.
 
     def _follow(self) -> None:
+        try:
+            if not self._role.begun:
+                self.begin()
+            if self._role.counts:  # to give it everything would take longer than a restart
+                self._log.info("copy ended", node=self._role.other, reason="the server begins; another copy is made")
+                self._drop(self._role)
+        except Exception as error:
+            self._log.error("failed", reasons=str(error).splitlines())
+            self._is_over = True
+        with self._changed:
+            self._is_starting = False
+            self._say()
         while not self._is_over:
-            try:
-                role = self._roles.get(timeout=_AGAIN_S)
-                while not self._roles.empty():
-                    role = self._roles.get()
-            except queue.Empty:  # perhaps nothing is recorded, and the copies are lost
-                with suppress(RecordingError), self._changed:
-                    self._tell(lambda copy: copy.ask("commit", within_s=self._timeout_s))
-                continue
+            self._told.wait(_AGAIN_S)
+            self._told.clear()
+            role = self._newest
             if role.address and role.attempt > self._role.attempt:
-                with suppress(RecordingError):  # recorders raise it, too
-                    with self._changed:
-                        self._role = role
-                        self._is_over |= role.counts  # another process of this term has begun
-                        self._say()
-                        self._check_term()
+                with self._changed:
+                    self._role = role
+                    self._is_over |= role.counts  # another process of this term has begun
+                    self._say()
+                if not self._is_over:
                     self._try(role)
-                if not self._copies:
-                    time.sleep(_AGAIN_S)
+            else:  # perhaps nothing is recorded, and the copies are lost
+                with self._changed:
+                    self._commit_there()
 
     def _try(self, role: ShardRole) -> None:
         """Give a copy everything; if that fails, have the attempt dropped. The former copy is kept until then."""
-        with ExitStack() as undo:
-            try:
-                self._give(undo.enter_context(closing(self._call(role))), role._replace(counts=False))
-                undo.pop_all()
-            except Exception as error:  # whatever it is, the server can continue without this copy
-                with self._changed:
-                    self._waiting = None
-                    if role.attempt in (each.attempt for each in self._copies.values()):
-                        self._lose(str(error))
-                    else:
-                        self._drop(role, str(error))
+        copy = None
+        try:
+            copy = self._call(role)
+            self._give(copy, role)
+        except Exception as error:  # whatever it is, the server can continue without this copy
+            with self._changed:
+                self._waiting = None
+                if copy in self._copies:
+                    self._lose(str(error))
+                    return
+                if copy is not None:
+                    copy.close()
+                self._log.warning("copy lost", node=role.other, reason=str(error))
+                self._drop(role)
+                self._say()
 
     def _give(self, copy: Caller, role: ShardRole) -> None:
         with self._changed:
@@ -304,12 +295,12 @@ class CopiedShard:
         copy.ask("begin", role.term, role.attempt, self._durability, within_s=self._timeout_s)
         for name in self._given:
             for portion in _portions(self._folder / name):
-                copy.send("write", name, [portion])
-                copy.ask("commit", within_s=self._timeout_s)
+                copy.ask("commit", [(name, [portion])], within_s=self._timeout_s)
+                copy.send("copy_wal", name)
                 self._catch_up(copy)
         copy.ask("whole", within_s=_WHOLE_S)
-        while self._catch_up(copy) > _CAUGHT_UP_S:
-            pass
+        for _ in range(_ROUNDS):
+            self._catch_up(copy)
         with self._changed:
             self._catch_up(copy)
             self._copies[copy], self._waiting = role, None
@@ -317,27 +308,24 @@ class CopiedShard:
         if not self._directory.attached(role.shard, role.term, role.attempt):
             raise Rejected("the directory does not want it any more")
         with self._changed:
-            if self._copies.pop(copy, None):
-                self._let_go()
+            if copy in self._copies:
+                for former in self._copies.keys() - {copy}:
+                    former.close()
                 self._copies = {copy: role._replace(counts=True)}
                 self._say()
                 self._log.info("copied", node=role.other)
 
-    def _catch_up(self, copy: Caller) -> float:
-        """Send what was committed since the last call; return the seconds that it took."""
-        began_s = time.monotonic()
+    def _catch_up(self, copy: Caller) -> None:
+        """Send what was committed since the last call."""
         with self._changed:
             if self._waiting is None:
                 raise Rejected("it takes less than is recorded, or another recording was begun")
             waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         for first in range(0, len(waiting), _AT_ONCE):
-            for file, statements in waiting[first : first + _AT_ONCE]:
-                copy.send("write", file, statements)
-            copy.ask("commit", within_s=self._timeout_s)
-        return time.monotonic() - began_s
+            copy.ask("commit", waiting[first : first + _AT_ONCE], within_s=self._timeout_s)
 
-    def _positions_of_copy(self) -> dict[str, int] | None:
-        with suppress(NoAnswer, Rejected, InvalidInput), closing(self._call(self._role)) as copy:
+    def _positions_of_copy(self, role: ShardRole) -> dict[str, int] | None:
+        with suppress(NoAnswer, Rejected, InvalidInput), closing(self._call(role)) as copy:
             return dict(copy.ask("positions", within_s=self._timeout_s))
         return None
 
@@ -349,25 +337,24 @@ def _portions(file: Path) -> Iterator[Statement]:
         for table in TABLES:
             statement = SET_NEWEST if table == "newest" else insertion(table)
             ((last,),) = database.execute(f"SELECT ifnull(max(rowid), 0) FROM {table}")  # later rows are sent anyway
-            rows = _some_rows(database, table, -1, last)
-            while rows:
+            after = -1
+            while rows := _some_rows(database, table, after, last):
+                after = rows[-1][0]
                 yield statement, [row[1:] for row in rows]
-                rows = _some_rows(database, table, rows[-1][0], last)
 
 
 def _some_rows(database: sqlite3.Connection, table: str, after: int, last: int) -> list[tuple[Any, ...]]:
-    """Rows of about 1 MiB between two rowids; in each, its rowid comes first."""
+    """Rows of about 2 MiB between two rowids; in each, its rowid comes first."""
     rows, size = [], 0
     query = f"SELECT rowid, * FROM {table} WHERE rowid > ? AND rowid <= ? ORDER BY rowid"
     with closing(database.execute(query, (after, last))) as found:
         while size < _PORTION_BYTES and (row := found.fetchone()):
             rows.append(row)
-            size += _bytes_of([("", [row])])
+            size += _bytes_of([row])
     return rows
 
 
-def _bytes_of(statements: Sequence[Statement]) -> int:
-    rows = [row for _, rows in statements for row in rows]
+def _bytes_of(rows: Sequence[tuple[Column, ...]]) -> int:
     return sum(_ROW_BYTES + sum(len(value) for value in row if isinstance(value, (bytes, str))) for row in rows)
 
 
@@ -446,21 +433,18 @@ def hold_copy(transport: TransportConfig, keys: ServerKeys | None, folder: Path,
 class HeldCopy:
     """The recordings of a shard that another node serves.
 
-    A new copy is made in a folder of its own, and replaces the one before when it is whole. Of each sender only the
-    next message is taken, so that none is missing; once one has been refused, the sender has to begin anew.
+    A new copy is made in a folder of its own, and replaces the one before when it is whole. Only the sender of the
+    newest attempt may change it; once one of its requests has been refused, it has to begin anew.
     """
 
     def __init__(self, folder: Path, term: int) -> None:
         settle(folder)
         self._term = term
-        self._folder, self._new, self._old, self._seen = folder, *(_beside(folder, kind) for kind in _KINDS)
-        self._sender, self._number = b"", 0
+        self._folder, self._new, self._old = folder, _beside(folder, "new"), _beside(folder, "old")
+        self._sender = b""
         self._durability: Durability = "commit"
         self._files: dict[str, sqlite3.Connection] = {}
         self._locks: list[WriterLock] = []
-        self._bytes_in_wals = 0
-        self._verbs: dict[str, Callable[..., Any]]
-        self._verbs = {"write": self._write, "commit": self._commit, "whole": self._put_in_place}
 
     def answer(self, listener: Listener, within_s: float) -> None:
         """Answer the requests that come within a time."""
@@ -470,34 +454,35 @@ class HeldCopy:
             except Rejected as error:
                 listener.refuse(request, str(error))
             else:
-                if value is not None:
-                    listener.answer(request, value)
-                if request.verb == "commit" and self._bytes_in_wals > LIMITS.wal_bytes:  # not before the answer
-                    for database in self._files.values():
-                        database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-                    self._bytes_in_wals = 0
+                listener.answer(request, value)
 
     def take(self, request: NodeRequest) -> Any:
-        """Do what a server asks; None if that has no answer.
+        """Do what a server asks, and return the answer.
 
         Raises:
             Rejected: with a sentence.
         """
-        if request.verb == "positions":
-            return positions(self._folder)
+        is_sender = request.connection == self._sender
         try:
-            if request.verb == "begin":
-                self._begin(*request.arguments)
-                self._sender, self._number = request.connection, request.number
-                return True
-            if (request.connection, request.number) != (self._sender, self._number + 1):
-                raise ValueError("another attempt to give the shard a copy has begun, or a message is missing")
-            self._number += 1
-            return self._verbs[request.verb](*request.arguments)
+            match request.verb, request.arguments:
+                case "positions", []:
+                    return positions(self._folder)
+                case "begin", [int(term), int(attempt), str(durability)]:
+                    self._begin(term, attempt, durability)
+                    self._sender = request.connection
+                case "commit", [transactions] if is_sender:
+                    self._commit(transactions)
+                case "copy_wal", [name] if is_sender:
+                    self._files[name].execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                case "whole", [] if is_sender:
+                    self._put_in_place()
+                case _:
+                    raise ValueError("another attempt to give the shard a copy has begun, or the request is unknown")
         except Exception as error:  # also of malformed messages, which end nothing else
-            if request.connection == self._sender:
+            if is_sender:
                 self.close()
             raise Rejected(str(error)) from None
+        return True
 
     def close(self) -> None:
         """Close the files, and take nothing more of the present sender."""
@@ -506,49 +491,44 @@ class HeldCopy:
             database.close()
         for lock in self._locks:
             lock.release()
-        self._files, self._locks, self._bytes_in_wals = {}, [], 0
+        self._files, self._locks = {}, []
 
-    def _begin(self, term: int, attempt: int, durability: Durability) -> None:
+    def _begin(self, term: int, attempt: int, durability: Any) -> None:
         if term != self._term:
             raise ValueError(f"this is the copy of the server of term {self._term}, and not of {term}")
-        seen = _read_note(self._seen) or {"term": 0, "attempt": 0}
-        if (term, attempt) <= (seen["term"], seen["attempt"]):  # a directory whose store was lost begins at 1 again
-            raise ValueError(f"attempt {seen['attempt']} of term {seen['term']} was seen before {attempt} of {term}")
-        _write_note(self._seen, {"term": term, "attempt": attempt})
+        for note in (_read_note(folder / COMPLETE) for folder in (self._folder, self._new)):
+            if note.get("term") == term and note.get("attempt", 0) >= attempt:
+                raise ValueError(f"attempt {note['attempt']} was seen before {attempt}")
         self.close()
-        shutil.rmtree(self._new, ignore_errors=True)
-        self._new.mkdir()
-        _write_note(self._new / COMPLETE, {"term": term, "boot": _boot()})
+        self._new.mkdir(exist_ok=True)
+        _write_note(self._new / COMPLETE, {"term": term, "attempt": attempt, "boot": _boot()})
+        for file in self._new.glob(f"*{SUFFIX}*"):
+            file.unlink()
         self._durability = durability
 
-    def _write(self, name: str, statements: list[Any]) -> None:
-        database = self._files.get(name) or self._make(name)
-        if not database.in_transaction:
-            database.execute("BEGIN IMMEDIATE")
-        for statement, rows in statements:
-            database.executemany(statement.replace("INSERT", "REPLACE", 1), rows)
-        self._bytes_in_wals += _bytes_of(statements)
+    def _commit(self, transactions: list[Any]) -> None:
+        for name, statements in transactions:
+            database = self._files.get(name) or self._make(name)
+            for statement, rows in statements:
+                database.executemany(statement.replace("INSERT", "REPLACE", 1), rows)
+        for database in self._files.values():
+            database.commit()
 
     def _make(self, name: str) -> sqlite3.Connection:
         if Path(name).name != name or not name.endswith(SUFFIX):
             raise ValueError(f"{name!r:.80} is not the name of a recording")
-        with closing(sqlite3.connect(self._new / name, isolation_level=None)) as database:
+        with closing(sqlite3.connect(self._new / name)) as database:
             make_tables(database)
             database.execute("INSERT INTO newest VALUES (0, 0, 0)")
-            database.execute("COMMIT")
+            database.commit()
         return self._open(self._new / name)
 
     def _open(self, file: Path) -> sqlite3.Connection:
-        self._files[file.name] = database = sqlite3.connect(file, isolation_level=None)
+        self._files[file.name] = database = sqlite3.connect(file)
         set_up(database, self._durability)
         return database
 
-    def _commit(self) -> bool:
-        for database in self._files.values():
-            database.commit()
-        return True
-
-    def _put_in_place(self) -> bool:
+    def _put_in_place(self) -> None:
         names, sender = list(self._files), self._sender
         self.close()
         shutil.rmtree(self._old, ignore_errors=True)
@@ -562,4 +542,3 @@ class HeldCopy:
             self._open(self._folder / name)
         self._sender = sender
         shutil.rmtree(self._old, ignore_errors=True)
-        return True

@@ -97,6 +97,10 @@ class SecondPlace(Protocol):
         """Return once the place has taken an empty transaction."""
         ...
 
+    def copy_wal(self, file: Path) -> None:
+        """Copy the WAL of a recording into its file there, while the same is done here."""
+        ...
+
 
 class RecordingWriter:
     """Appends rows to a recording. Only one thread at a time may use it, and a file has only one writer.
@@ -484,6 +488,8 @@ class RecordingWriter:
     def copy_wal(self) -> None:
         """Copy the WAL into the file once it is large enough. This does not change durability."""
         if not self._in_transaction and self._bytes_in_wal > self._limits.wal_bytes:
+            if self.second_place is not None:
+                self.second_place.copy_wal(self.path)
             ((_, pages, copied),) = self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
             self._bytes_in_wal = 0
             size = pages * self._page_bytes
