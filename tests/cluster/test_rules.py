@@ -357,8 +357,11 @@ def test_nodes_that_compute_other_bits_hold_copies_where_there_is_no_other_and_d
     assert cluster.counts()[0] == [0, 2, 2, 2]
     for node in "bc":
         cluster.rules.drain(node)
-    cluster.run()
+        cluster.run(60.0)
     assert {(server, copy) for _, server, copy in cluster.places()} == {("a", "g")}
+    cluster.add("h", numerics="cuda")
+    cluster.run()
+    assert cluster.counts()[1] == [0, 0, 0, 3, 3]
 
 
 def test_numerics_may_change_where_that_is_accepted() -> None:
