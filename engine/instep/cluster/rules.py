@@ -348,7 +348,7 @@ class Assignments:
 
     def _has_only_recordings(self) -> bool:
         """Whether nodes have recordings and the store has none of them."""
-        return any(node.report.has for node in self.nodes.values()) and not any(view.term for view in self.shards)
+        return not any(view.term for view in self.shards) and any(node.report.has for node in self.nodes.values())
 
     def _place(self, shard: int, steady: list[str], servers: Counter[str]) -> None:
         """Give a shard its first server; with `adopt`, that is the node with its newest recording."""
