@@ -143,16 +143,14 @@ class Agent:
             signal.signal(number, self._stop)
         signal.signal(signal.SIGHUP, self._reload)
         self._relay, self._admin = self._fork(self._talk), self._fork(self._administer)
-        self._has = self._find_recordings()
-        say_at = 0.0
+        self._has = dict.fromkeys(range(self.shards), (0, 0))  # each is looked for
         while not self._stops:
-            wait([self._relay.pipe, *(each.pipe for each in self._processes())], _LOOK_EVERY_S)
-            has_changed = self._bury() | self._hear_servers() | self._hear_directory()
-            if has_changed:
-                self._has = self._find_recordings()
-            if self._follow() or has_changed or time.monotonic() > say_at:
-                say_at = time.monotonic() + HEARD_EVERY_S
-                self._say()
+            self._has = self._find_recordings()
+            self._follow()
+            self._say()
+            wait([self._relay.pipe, *(each.pipe for each in self._processes())], HEARD_EVERY_S)
+            self._bury()
+            self._hear()
         return self._end()
 
     def _processes(self) -> list[NodeProcess]:
@@ -160,28 +158,19 @@ class Agent:
 
     # What is heard and said.
 
-    def _hear_directory(self) -> bool:
-        has_changed = False
+    def _hear(self) -> None:
+        for process in self._processes():
+            process.serves |= bool(received(process.pipe))
         for news in received(self._relay.pipe):
-            if isinstance(news, str) and not self._version:
-                raise CannotServe(news)
-            if news == []:  # it is about to find out who has what
-                self._has = self._find_recordings()
-            elif isinstance(news, list):
-                has_changed = True
+            if isinstance(news, list):
                 self._version, roles, *self._table = news
                 wanted = {role[:3]: role for role in (ShardRole(*each) for each in roles)}
                 for former in self._roles.keys() - wanted.keys():
                     self._kill(self._roles.pop(former))
                 for kind, role in wanted.items():
                     self._roles.setdefault(kind, NodeShard(role)).role = role
-        return has_changed
-
-    def _hear_servers(self) -> bool:
-        began = [process for process in self._processes() if received(process.pipe)]
-        for process in began:
-            process.serves = True
-        return bool(began)
+            elif not self._version:
+                raise CannotServe(news)
 
     def _say(self) -> None:
         """Give the directory a sign of life, and servers their newest roles and the table."""
@@ -205,18 +194,16 @@ class Agent:
 
     # What becomes of processes.
 
-    def _follow(self) -> bool:
-        """Begin what the node is to be, and end servers whose copies take their places; whether something began."""
-        has_begun = False
+    def _follow(self) -> None:
+        """Begin what the node is to be, and end servers whose copies take their places."""
         for each in self._roles.values():
             role, process = each.role, each.process
             if process is not None:
                 if role.ends and process.serves and not process.is_ending:
                     self._end_server(process, role)
             elif not (role.ends and each.has_ended) and not self._is_gone(each) and time.monotonic() > each.begins_at:
+                each.has_ended = False
                 each.process = self._fork(partial(self._serve if role.is_server else self._hold, each))
-                each.has_ended, has_begun = False, True
-        return has_begun
 
     def _is_gone(self, of: NodeShard) -> bool:
         """Whether the server of a shard cannot begin here: its recording is not there, or it has died too often."""
@@ -265,9 +252,7 @@ class Agent:
         (self.sockets / str(of.role.shard)).unlink(missing_ok=True)
         of.process = None
 
-    def _bury(self) -> bool:
-        """Forget the processes that have ended; whether one was that of a shard."""
-        has_changed = False
+    def _bury(self) -> None:
         for pid, code in ended_processes():
             if pid == self._relay.pid:
                 self._relay.pipe.close()
@@ -277,8 +262,6 @@ class Agent:
             for each in self._roles.values():
                 if each.process is not None and each.process.pid == pid:
                     self._note_end(each, each.process, code)
-                    has_changed = True
-        return has_changed
 
     def _note_end(self, of: NodeShard, process: NodeProcess, code: int) -> None:
         self._remove(of, process)
@@ -322,21 +305,22 @@ class Agent:
     # What the forked processes do.
 
     def _talk(self, pipe: socket.socket) -> int:
-        """Pass messages on between the agent and the directory."""
-        caller, problem = self._call(self.directory, DIRECTORY), ""
+        """Pass messages to the directory, and its news and its first refusal to the agent."""
+        caller, problem = self._call(self.directory, DIRECTORY), None
         while True:
             try:
                 for message in received(pipe):
                     caller.send(*message, within_s=_REACHED_WITHIN_S)
                 if (answer := caller.receive(60.0, pipe)) is not None:
-                    problem = ""
-                    pipe.send(msgpack.packb(answer[1]))
+                    problem = None
+                    if answer[1]:
+                        pipe.send(msgpack.packb(answer[1]))
             except (NoAnswer, Rejected) as error:  # the agent says everything again
-                if not problem:
+                if type(error) is not type(problem):
                     self.launch.log.warning("waits for the directory", reason=str(error))
-                problem = str(error)
-                if isinstance(error, Rejected):
-                    pipe.send(msgpack.packb(problem))
+                    if isinstance(error, Rejected):
+                        pipe.send(msgpack.packb(str(error)))
+                problem = error
             except BrokenPipeError:
                 return 0  # the agent has ended
 
@@ -397,7 +381,7 @@ class Agent:
     def _find_recordings(self) -> dict[int, tuple[int, int]]:
         """The term and the position of each shard's recordings here."""
         found, in_use = {}, {each.role.shard for each in self._roles.values() if each.process is not None}
-        for shard in range(self.shards):
+        for shard in self._has.keys() | {each.role.shard for each in self._roles.values()}:
             folder = self._folder_of(shard)
             if shard not in in_use:
                 settle(folder)

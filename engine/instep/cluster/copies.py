@@ -222,7 +222,7 @@ class CopiedShard:
         while self._is_starting or (self._role.needs_copy and not self._shard.is_copied and not self._is_over):
             self._changed.wait()
         if self._is_over:
-            raise RecordingError(f"shard {self._role.shard} has had another server since term {self._role.term}")
+            raise RecordingError(f"shard {self._role.shard} may have had another server since term {self._role.term}")
 
     def _lose(self, reason: str) -> None:
         """Continue without the copies once the directory has stored that; of two, it is not known here which counts."""

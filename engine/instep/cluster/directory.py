@@ -23,7 +23,6 @@ from instep.cluster.rules import Assignments, ClusterRefused, NodeReport, ShardR
 from instep.cluster.talk import Caller, Listener, NoAnswer, NodeRequest, Rejected
 from instep.config import Config
 from instep.frontends import CannotListen
-from instep.recording.errors import RecordingError
 from instep.security.keys import ServerKeys
 from instep.security.principals import Principals
 from instep.server.checks import CannotServe
@@ -281,7 +280,7 @@ class DirectoryClient:
         self._caller, self._log = caller, log
         self._asking = threading.Lock()
         self.is_ending = False
-        """Whether the server ends, and does not wait for ever."""
+        """Whether the server ends, and takes a silent directory for one that refuses."""
 
     def shards(self) -> int:
         """The number of shards of the cluster."""
@@ -303,7 +302,7 @@ class DirectoryClient:
                     self._log.warning("waits for the directory", asks=verb, reason=str(error))
                 reported = True
                 if self.is_ending and time.monotonic() > until_s:
-                    raise RecordingError(f"the directory, which is asked for {verb!r}, is away: {error}") from None
+                    return None  # it may be over, so the server answers nothing more
                 time.sleep(TICK_S)
 
     attached = partialmethod(_ask, "attached")
