@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import sys
-import threading
 
 from instep import interrupts
 from instep_tools import INTERRUPTED
@@ -23,7 +22,7 @@ def main() -> None:
         cli.main()
     except SystemExit as end:
         if isinstance(end.code, int):
-            _end_without_threads(end.code)
+            _end_at_once(end.code)
         raise
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None
@@ -38,16 +37,16 @@ def main() -> None:
         interrupts.stop_no_more()
 
 
-def _end_without_threads(status: int) -> None:
-    """End the process at once if a thread is still running, such as a load or a step that hangs.
+def _end_at_once(status: int) -> None:
+    """End the process without what Python does at the end, which takes it up to a second where torch is loaded.
 
-    Python would end such threads itself, and a thread that is in torch at that moment aborts the process.
+    Python would also end threads that still run, such as a load or a step that hangs, and a thread that is in torch at
+    that moment aborts the process.
     """
-    if any(thread.daemon for thread in threading.enumerate()):
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, or nobody reads it
-                stream.flush()
-        os._exit(status)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # it is closed, or nobody reads it
+            stream.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
