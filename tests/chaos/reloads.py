@@ -20,8 +20,8 @@ from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.recording.reader import RecordingReader
-from tests.chaos.chaos import LEAST_STEPS, Outcome, until_progress, verify
-from tests.chaos.load import Kept
+from tests.chaos.chaos import Outcome, verify
+from tests.chaos.load import LEAST_STEPS, Kept, until_progress
 from tests.chaos.repeater import Repeater
 from tests.chaos.victim import QUICK, Victim
 from tests.support.batches import batches_of

@@ -139,7 +139,8 @@ async def run(folder: Path, rounds: int, seed: int, kind_of_cluster: type[Cluste
     async with kind_of_cluster(folder, nodes=3, arguments=LOG) as cluster:
         load = ClusterLoad(cluster.shards, seed)
         async with cluster.connect() as client, asyncio.TaskGroup() as tasks:
-            running = tasks.create_task(load.run(client))
+            await load.open(client)
+            running = tasks.create_task(load.run())
             await load.progress()
             faults = Faults(cluster, load, random_)
             for number, kind in enumerate(order):

@@ -15,18 +15,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Self
 
-import numpy as np
 import psutil
 
 from instep.cluster.talk import Caller, NoAnswer
-from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep_client import AsyncClient
 from instep_client.key_files import read_client_keys
 from instep_client.protocol.wire import shard_of
-from tests.chaos.load import Kept
+from tests.chaos.load import Load
 from tests.support.keys import KeyRing
-from tests.support.models import SMALL, whole
+from tests.support.models import SMALL
 from tests.support.warm import WarmProcess
 
 DEAD_S: Final = 1.5
@@ -281,40 +279,11 @@ def _free_ports(count: int) -> int:
             return first
 
 
-class ClusterLoad:
-    """For each shard a group of streams in closed loop; every frame sent, output got and time of an answer is kept."""
+class ClusterLoad(Load):
+    """A group of streams for each shard."""
 
     def __init__(self, shards: int, seed: int = 0, pause_s: float = 0.05) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._pause_s = pause_s
-        self._stops = False
-        self.kept = [Kept(names_of(shard, shards)) for shard in range(shards)]
-        self.times: list[list[float]] = [[] for _ in range(shards)]
-
-    async def run(self, client: AsyncClient) -> None:
-        await asyncio.gather(*(self._drive(client, shard) for shard in range(len(self.kept))))
-
-    async def _drive(self, client: AsyncClient, shard: int) -> None:
-        kept, features = self.kept[shard], SMALL.description.features
-        group = await client.open_group(kept.names)
-        while not self._stops:
-            x = self._rng.standard_normal((1 + shard % 2, len(kept.names), features)).astype(np.float32)
-            kept.sent.append(x)
-            kept.got.append(await group.step(x))
-            self.times[shard].append(time.monotonic())
-            await asyncio.sleep(self._pause_s)
-        kept.finals = (await group.close())["h"]
-
-    def stop(self) -> None:
-        self._stops = True
-
-    async def progress(self, steps: int = 5) -> None:
-        """Until every shard has answered some more steps."""
-        wanted = [len(times) + steps for times in self.times]
-        deadline = time.monotonic() + _PATIENCE_S
-        while any(len(times) < least for times, least in zip(self.times, wanted, strict=True)):
-            assert time.monotonic() < deadline, f"{[len(times) for times in self.times]} answers, not {wanted}"
-            await asyncio.sleep(0.01)
+        super().__init__(seed, [names_of(shard, shards) for shard in range(shards)], pause_s)
 
     def longest_gap(self, since: float, shard: int | None = None) -> float:
         """The longest time between two answers of a shard, of which the second came after `since`."""
@@ -329,24 +298,11 @@ class ClusterLoad:
 
     def check(self) -> int:
         """Compare every output and final state with the network over all that was sent; the number of outputs."""
-        outputs = 0
-        for kept in self.kept:
-            sent, got = np.concatenate(kept.sent), np.concatenate(kept.got)
-            assert len(sent) == len(got)
-            assert kept.finals is not None
-            for column, name in enumerate(kept.names):
-                expected, final = whole(SMALL, sent[:, column])
-                assert _bits(expected).tolist() == _bits(got[:, column]).tolist(), name
-                assert _bits(final).tolist() == _bits(kept.finals[column]).tolist(), name
-                outputs += len(got)
-        return outputs
+        assert [kept.differing() for kept in self.kept] == [(0, 0)] * len(self.kept)
+        return sum(kept.outputs for kept in self.kept)
 
 
 def names_of(shard: int, shards: int) -> list[str]:
     """Names of streams of a shard."""
     names = (f"mic-{number}" for number in range(10_000))
     return [name for name in names if shard_of(name, shards) == shard][:_STREAMS]
-
-
-def _bits(x: F32) -> Any:
-    return np.ascontiguousarray(x).view(np.int32)

@@ -30,7 +30,8 @@ async def under_load(folder: Path, **size: Any) -> AsyncIterator[tuple[Cluster, 
     async with Cluster(folder, **size) as cluster:
         load = ClusterLoad(cluster.shards)
         async with cluster.connect() as client, asyncio.TaskGroup() as tasks:
-            running = tasks.create_task(load.run(client))
+            await load.open(client)
+            running = tasks.create_task(load.run())
             await load.progress()
             yield cluster, load
             await load.progress()

@@ -57,7 +57,8 @@ async def test_programs_actors_and_nodes_end_and_no_output_is_lost(tmp_path: Pat
         load = ClusterLoad(cluster.shards, pause_s=0.1)
         endpoints = ",".join(shard["endpoint"] for shard in cluster.status())
         async with AsyncClient(endpoints, timeout_s=5.0, reconnect_s=100.0) as client, asyncio.TaskGroup() as tasks:
-            running = tasks.create_task(load.run(client))
+            await load.open(client)
+            running = tasks.create_task(load.run())
             await load.progress()
             assert (await asyncio.to_thread(cluster.up)).returncode == 2  # it is up
 
