@@ -12,7 +12,6 @@ something.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sqlite3
 import threading
@@ -25,6 +24,7 @@ from urllib.parse import quote
 
 import structlog
 
+from instep.cluster.directory import write_json
 from instep.cluster.rules import ShardRole
 from instep.cluster.talk import Caller, Listener, NoAnswer, NodeRequest, Rejected
 from instep.config import TransportConfig
@@ -151,7 +151,7 @@ class CopiedShard:
             if theirs and any(position > own.get(file, 0) for file, position in theirs.items()):
                 self._directory.behind(role.shard, role.term, role.attempt)
                 raise CannotServe(f"the copy of shard {role.shard} on {role.other} has more than the recording here")
-            _write_note(note, {"term": self._shard.term, "boot": boot})
+            write_json(note, {"term": self._shard.term, "boot": boot})
             self._role = role
             return
         raise CannotServe(f"shard {self._shard.number} has had another server since term {self._shard.term}")
@@ -398,15 +398,6 @@ def _read_note(file: Path) -> Any:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def _write_note(file: Path, values: dict[str, Any]) -> None:
-    new = file.with_name(f"{file.name}.new")
-    with new.open("w") as written:
-        json.dump(values, written)
-        written.flush()
-        os.fsync(written.fileno())
-    new.replace(file)
-
-
 def _boot() -> str:
     """What identifies the time since the machine was started; different each time where the system does not say."""
     try:
@@ -501,7 +492,7 @@ class HeldCopy:
                 raise ValueError(f"attempt {note['attempt']} was seen before {attempt}")
         self.close()
         self._new.mkdir(exist_ok=True)
-        _write_note(self._new / COMPLETE, {"term": term, "attempt": attempt, "boot": _boot()})
+        write_json(self._new / COMPLETE, {"term": term, "attempt": attempt, "boot": _boot()})
         for file in self._new.glob(f"*{SUFFIX}*"):
             file.unlink()
         self._durability = durability

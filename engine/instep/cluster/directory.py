@@ -28,6 +28,7 @@ from instep.security.principals import Principals
 from instep.server.checks import CannotServe
 from instep.server.log import make_log
 from instep_client.protocol.errors import InvalidInput
+from instep_client.states import sync_folder
 
 TICK_S: Final = 0.1
 _BY_SERVERS: Final = ("begins", "attached", "dropped", "behind")
@@ -37,6 +38,21 @@ _PATIENCE_S: Final = 3.0
 """A server that ends waits so long for an answer."""
 _SETTLES_S: Final = 1.0
 """After a start, agents say within this time where their nodes are."""
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Replace a file by one that a loss of power leaves whole.
+
+    Raises:
+        OSError: the file may still be the former one.
+    """
+    new = file.with_name(f"{file.name}.new")
+    with new.open("w") as written:
+        json.dump(values, written)
+        written.flush()
+        os.fsync(written.fileno())
+    new.replace(file)
+    sync_folder(file.parent)
 
 
 class Store:
@@ -67,14 +83,8 @@ class Store:
         Raises:
             OSError: it may not be kept.
         """
-        new = self._folder / f"{key}.new"
         try:
-            with new.open("w") as file:
-                json.dump(row, file)
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(self._folder / f"{key}.json")
-            os.fsync(self._descriptor)
+            write_json(self._folder / f"{key}.json", row)
         except OSError as error:
             before, self.problem = self.problem, f"the directory cannot store what it decides: {error}"
             if self.problem != before:
