@@ -163,6 +163,15 @@ async def test_what_a_node_refuses_and_shows(tmp_path: Path) -> None:
         while "shard_up" in await asyncio.to_thread(get, "/metrics"):  # the node forgets it a moment later
             await asyncio.sleep(0.05)
 
+        stranger = ClusterNode(cluster, "stranger", twin.port)  # whose key nobody knows
+        stranger.start()
+        while "waits for the directory" not in stranger.log():
+            await asyncio.sleep(0.05)
+        stranger.kill()
+        cluster.kill_directory()
+        while "waits for the directory" not in cluster.nodes[0].log():
+            await asyncio.sleep(0.05)
+
 
 async def test_a_first_start_that_fails_loses_nothing(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, nodes=2, shards=1)
@@ -198,17 +207,6 @@ async def test_a_shard_that_is_lost_is_not_begun_anew_by_itself(tmp_path: Path) 
         with pytest.raises(StreamEvicted) as refused:
             await stream.step(np.zeros(5, np.float32))
         assert refused.value.code is Code.UNKNOWN_STREAM
-
-
-async def test_an_agent_says_that_it_waits_for_the_directory(tmp_path: Path) -> None:
-    async with Cluster(tmp_path, nodes=1, shards=1, copies=0) as cluster:
-        stranger = ClusterNode(cluster, "stranger", cluster.nodes[0].port + 100)
-        stranger.start()
-        await cluster.until(lambda _: "waits for the directory" in stranger.log())
-        stranger.kill()
-        cluster.kill_directory()
-        while "waits for the directory" not in cluster.nodes[0].log():
-            await asyncio.sleep(0.05)
 
 
 async def test_agents_that_are_ended_while_the_directory_is_away_do_not_wait_for_it(tmp_path: Path) -> None:

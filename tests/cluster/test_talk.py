@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class Echo:
     """Answers `echo` with what it got, refuses `no`, and says nothing to everything else."""
 
     def __init__(self, **transport: Any) -> None:
-        config = TransportConfig(endpoint="tcp://127.0.0.1:0", **transport)
+        config = TransportConfig(**{"endpoint": "tcp://127.0.0.1:0", **transport})
         self.listener = Listener(config, ServerKeys.read(config), frozenset({"status"}))
         self.heard: list[NodeRequest] = []
         self._ends = False
@@ -49,13 +49,8 @@ class Echo:
             thread.join()
 
 
-@contextmanager
-def calling(endpoint: str, **keys: Any) -> Iterator[Caller]:
-    caller = Caller(endpoint, read_client_keys(**keys) if keys else None)
-    try:
-        yield caller
-    finally:
-        caller.close()
+def calling(endpoint: str, **keys: Any) -> closing[Caller]:
+    return closing(Caller(endpoint, read_client_keys(**keys) if keys else None))
 
 
 def test_a_question_gets_its_own_answer_and_a_late_one_is_dropped() -> None:
@@ -69,13 +64,19 @@ def test_a_question_gets_its_own_answer_and_a_late_one_is_dropped() -> None:
         assert caller.ask("echo", 2, within_s=10) == [2]
 
 
-def test_nothing_waits_for_a_connection() -> None:
+def test_a_lost_connection_is_told_and_made_again_and_nothing_waits_for_it() -> None:
     echo = Echo()
-    with echo.running() as endpoint, calling(endpoint) as caller:
-        assert caller.ask("echo", within_s=10) == []
-    with calling(endpoint) as caller:
+    with calling(echo.listener.endpoint) as caller:
+        with echo.running() as endpoint:
+            assert caller.ask("echo", within_s=10) == []
         with pytest.raises(NoAnswer):
-            caller.send("echo", within_s=0.05)
+            caller.ask("lost", within_s=10)
+        with pytest.raises(NoAnswer):
+            caller.send("late", within_s=0.05)
+        again = Echo(endpoint=endpoint)
+        with again.running():
+            assert caller.ask("echo", within_s=10) == []
+    assert [each.verb for each in again.heard] == ["echo"]
 
 
 @pytest.mark.parametrize(

@@ -70,10 +70,9 @@ class NodeProcess:
 
     def tell(self, message: Any) -> bool:
         """Send a message, and return whether there was room for it."""
-        try:
+        with suppress(OSError):
             return self.pipe.send(msgpack.packb(message), socket.MSG_DONTWAIT) > 0
-        except OSError:
-            return False
+        return False
 
 
 @dataclass(slots=True, eq=False)
@@ -91,7 +90,9 @@ class NodeShard:
     def begins_at(self) -> float:
         """The time of the next start: later with each death, and never after too many of them."""
         recent = [at for at in self.deaths if at > self.deaths[-1] - WITHIN_S]
-        return inf if len(recent) > MOST_RESTARTS else recent[-1] + len(recent) / 2 if len(recent) > 1 else 0.0
+        if len(recent) > MOST_RESTARTS:
+            return inf
+        return recent[-1] + len(recent) / 2 if len(recent) > 1 else 0.0
 
 
 def received(pipe: socket.socket) -> list[Any]:
@@ -129,7 +130,7 @@ class Agent:
     """Of the roles and of the table."""
     _has: dict[int, tuple[int, int]] = field(default_factory=dict)
     _has_failed: bool = False
-    """Whether a server that was told to end did not end in order."""
+    """Whether a server did not end in order when the agent ended."""
     _stops: int = 0
 
     def run(self) -> int:
@@ -266,7 +267,7 @@ class Agent:
     def _note_end(self, of: NodeShard, process: NodeProcess, code: int) -> None:
         self._remove(of, process)
         of.has_ended = process.is_ending and code == 0
-        self._has_failed |= process.is_ending and code != 0
+        self._has_failed |= process.is_ending and code != 0 and self._stops > 0
         if self._stops or of.has_ended:
             return
         of.deaths.append(time.monotonic())
@@ -282,9 +283,9 @@ class Agent:
         self._stops += 1
 
     def _reload(self, *_: object) -> None:
-        for each in self._roles.values():
-            if each.role.is_server and each.process is not None:
-                os.kill(each.process.pid, signal.SIGHUP)
+        for process in self._processes():
+            with suppress(ProcessLookupError):  # it ends at this moment
+                os.kill(process.pid, signal.SIGHUP)  # which processes with copies have blocked
 
     def _end(self) -> int:
         """End the servers in order, then everything else; a second signal does not wait."""
