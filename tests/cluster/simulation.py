@@ -189,10 +189,10 @@ class Process:
     def __init__(self, clock: Clock, machine: Machine) -> None:
         self.clock, self.machine, self.is_alive = clock, machine, True
 
-    def start(self, coroutine: Coroutine[Promise, Any, None]) -> None:
+    def start(self, coroutine: Coroutine[Promise, Any, object]) -> None:
         self._step(coroutine, None)
 
-    def _step(self, coroutine: Coroutine[Promise, Any, None], value: Any) -> None:
+    def _step(self, coroutine: Coroutine[Promise, Any, object], value: Any) -> None:
         if not self.is_alive:
             return coroutine.close()
         try:
@@ -210,7 +210,7 @@ class Process:
         self, name: str, to: Machine, act: Callable[[Reply], None], timeout_s: float, line: Line | None = None
     ) -> Promise:
         """What another machine replies; None if nothing comes in time."""
-        promise, back = Promise(), Line(is_silent=True) if line else None
+        promise, back = Promise(), line and Line(is_silent=True)
 
         def reply(value: Any) -> None:
             self.clock.send(f"{name} answered", to, self.machine, lambda: promise.keep(value), back)
@@ -513,12 +513,9 @@ class Server(Process):
         while True:
             what, of = await self.work.take(self)
             await getattr(self, f"_{what}")(of)
-            can_end = self.ends and not len(self.work) and self.link is not None and not self.held
-            if can_end:
-                self.is_alive = False
-                self.clock.seen["servers ended in order"] += 1
+            if self.ends and not len(self.work) and self.link is not None and not self.held:
                 self.node.agent.ended.add((self.shard, self.term))
-                await self.sleep(0.0)
+                await self._end("in order")
 
     # The copy.
 
@@ -596,12 +593,9 @@ class Server(Process):
         """Continue without the copy, if the directory permits that."""
         self.link = None if link is self.link else self.link
         if Rule.ALONE in self.world.broken:
-            self.start(self._say_dropped(link))
+            self.start(self._ask_directory("dropped", link.attempt))
         elif not await self._ask_directory("dropped", link.attempt):
             await self._end("its term is over")
-
-    async def _say_dropped(self, link: Link) -> None:
-        await self._ask_directory("dropped", link.attempt)
 
     def _to_copy(self, link: Link, what: str, of: Any, number: int | None = None) -> Promise:
         if number is None:
