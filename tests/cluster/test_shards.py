@@ -131,7 +131,7 @@ def check_admin(cluster: Cluster) -> None:
     assert cluster.http.get("/").headers["location"] == "shards/0/"
     assert "<title>instep</title>" in cluster.http.get("/shards/1/").text
     assert cluster.http.get("/shards/1/api/streams", params={"limit": 1}).json()["total"] == 1
-    assert cluster.http.get("/shards/1/api/streams/none").json()["error"]["code"] == "UNKNOWN_STREAM"
+    assert cluster.http.get("/shards/1/api/streams/no%3Fne%20").json()["error"]["code"] == "UNKNOWN_STREAM"
     assert cluster.http.get("/shards/2/").json()["error"]["code"] == "NOT_FOUND"
     with cluster.http.stream("GET", "/shards/1/api/events") as events:
         assert next(events.iter_lines()) == "event: stats"

@@ -130,10 +130,11 @@ def make_app(sockets: Path, log: structlog.stdlib.BoundLogger) -> ASGIApp:
         return RedirectResponse(f"shards/{min(numbers(), default=0)}/")
 
     async def of_one(request: Request) -> Response:
-        number, path = request.path_params["shard"], quote(request.path_params["path"])
+        number, query = request.path_params["shard"], request.scope["query_string"].decode()
         if number not in numbers():
             raise HttpError(404, "NOT_FOUND", f"there is no shard {number} here: /api/stats lists all")
-        answer = _ask(sockets / str(number), request.method, f"/{path}?{request.url.query}", request)
+        target = f"/{quote(request.path_params['path'])}?{query}"
+        answer = _ask(sockets / str(number), request.method, target, request)
         try:
             async with asyncio.timeout(_ANSWER_S):
                 status, headers = await anext(answer)
