@@ -278,7 +278,7 @@ def directory(
         "instep cluster agent my-model --record data --endpoint tcp://10.0.0.2:5757",
     ]
 )
-@partial(takes_settings, without=("demo", "http", "device", "verify_live"))
+@partial(takes_settings, without=("demo", "device", "verify_live"))
 def agent(
     given: Given,
     *,
