@@ -112,7 +112,6 @@ class Directory:
         config: Config,
         folder: Path,
         log: structlog.stdlib.BoundLogger,
-        *,
         shards: int,
         copies: int,
         adopt: Collection[str],
@@ -136,16 +135,13 @@ class Directory:
             raise CannotServe(self._store.problem) from None
         except (CannotListen, ClusterRefused) as error:
             raise CannotServe(str(error)) from None
+        self.endpoint = self._listener.endpoint
+        """Where it listens."""
         self._agents: dict[str, bytes] = {}
         """The connection of each node's agent."""
         self._hears_from = time.monotonic() + _SETTLES_S
         self._told = self._rules.version
         self._ends = False
-
-    @property
-    def endpoint(self) -> str:
-        """Where it listens."""
-        return self._listener.endpoint
 
     def run(self) -> None:
         """Serve until `stop` is called."""
@@ -273,7 +269,7 @@ def run(config: Config, folder: Path, shards: int, copies: int, adopt: Collectio
         CannotServe, InvalidInput: it cannot start.
     """
     log = make_log(config.log)
-    directory = Directory(config, folder, log, shards=shards, copies=copies, adopt=adopt)
+    directory = Directory(config, folder, log, shards, copies, adopt)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: directory.stop())
     peers_file = config.transport.peers_file
