@@ -354,14 +354,7 @@ class Agent:
                 directory.is_ending |= role.ends
                 copied.follow(role)
 
-        launch = replace(
-            self.launch,
-            config=config.of_shard(role.shard),
-            reread=lambda: self.launch.reread().of_shard(role.shard),
-            log=log,
-            service_manager=ServiceManager({}, log, self.shards),
-            shard=place,
-        )
+        launch = replace(self.launch.of_shard(place), service_manager=ServiceManager({}, log, self.shards))
         return serve_one(launch, of.kept, on_ready)
 
     def _hold(self, of: NodeShard, pipe: socket.socket) -> int:

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,15 +52,9 @@ def run(config: Config, shards: int, *, reread: Callable[[], Config]) -> int:
         child = supervise(children, launch.service_manager.forget)
         if child.is_helper:
             return asyncio.run(serve_admin(config.http, sockets, launch.log))
-        launch = replace(
-            launch,
-            config=config.of_shard(child.number),
-            log=child.log,
-            reread=lambda: reread().of_shard(child.number),
-            shard=Shard(child.number, shards, table=table, admin=sockets / str(child.number)),
-        )
+        shard = Shard(child.number, shards, table=table, admin=sockets / str(child.number))
         try:
-            return serve_one(launch, kept[child.number])
+            return serve_one(launch.of_shard(shard), kept[child.number])
         except CannotServe as error:
             raise CannotServe(f"shard {child.number}: {error}") from None
 

@@ -265,6 +265,16 @@ class Launch:
     shard: Shard = field(default_factory=Shard)
     """The server's place in a cluster."""
 
+    def of_shard(self, shard: Shard) -> Launch:
+        """That of one of several servers."""
+        return replace(
+            self,
+            config=self.config.of_shard(shard.number),
+            log=self.log.bind(shard=shard.number),
+            reread=lambda: self.reread().of_shard(shard.number),
+            shard=shard,
+        )
+
 
 @contextlib.contextmanager
 def launching(
