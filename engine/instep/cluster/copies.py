@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn
 from urllib.parse import quote
 
 import structlog
 
-from instep.cluster.directory import write_json
+from instep.cluster.directory import DirectoryClient, write_json
 from instep.cluster.rules import ShardRole
 from instep.cluster.talk import Caller, Listener, NoAnswer, NodeRequest, Rejected
 from instep.config import TransportConfig
@@ -46,7 +46,7 @@ _ROW_BYTES: Final = 64
 _AT_ONCE: Final = 16
 """Transactions that waited and that the copy commits together."""
 _AHEAD_BYTES: Final = 2**22
-_HELD_UP_S: Final = 0.08
+_HELD_UP_S: Final = 0.06
 """While more than that waits for a copy that begins, each commit takes so much longer, so that the copy catches up. An
 answer may wait for two commits."""
 _ROUNDS: Final = 3
@@ -56,26 +56,6 @@ _WHOLE_S: Final = 30.0
 _AGAIN_S: Final = 1.0
 COMPLETE: Final = "complete.json"
 """Beside recordings: in which term, and since which start of the machine, they have all that they should have."""
-
-
-class CopiesDirectory(Protocol):
-    """What a server asks the directory; see `rules.Assignments`. A call waits until it is answered."""
-
-    def begins(self, shard: int, term: int, node: str) -> ShardRole | None:
-        """The role of a server that has not answered anything yet; None if its term is over."""
-        ...
-
-    def attached(self, shard: int, term: int, attempt: int) -> bool:
-        """Whether the copy of an attempt, which is whole, counts from now on."""
-        ...
-
-    def dropped(self, shard: int, term: int, attempt: int) -> bool:
-        """Whether the server may continue without the copy of an attempt; if not, its term is over."""
-        ...
-
-    def behind(self, shard: int, term: int, attempt: int) -> bool:
-        """Whether the copy, which has more than the server, takes its place."""
-        ...
 
 
 # ── The server's side ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -104,7 +84,7 @@ class CopiedShard:
         shard: Shard,
         node: str,
         folder: Path,
-        directory: CopiesDirectory,
+        directory: DirectoryClient,
         call: Callable[[ShardRole], Caller],
         durability: Durability,
         log: structlog.stdlib.BoundLogger,
@@ -213,7 +193,7 @@ class CopiedShard:
                 copy.ask("commit", transactions, within_s=self._timeout_s)
             except (NoAnswer, Rejected) as error:
                 if copy is [*self._copies][-1]:
-                    self._lose(str(error))
+                    self._lose(self._copies, str(error))
                 while copy in self._copies:  # its process ends once the directory has another in its place
                     self._changed.wait()
 
@@ -224,13 +204,14 @@ class CopiedShard:
         if self._is_over:
             raise RecordingError(f"shard {self._role.shard} may have had another server since term {self._role.term}")
 
-    def _lose(self, reason: str) -> None:
-        """Continue without the copies once the directory has stored that; of two, it is not known here which counts."""
-        for copy, role in reversed(self._copies.items()):
-            copy.close()
+    def _lose(self, lost: dict[Any, ShardRole], reason: str) -> None:
+        """Continue without copies once the directory has stored that; of two, it is not known here which counts."""
+        for copy, role in reversed(lost.items()):
+            if copy is not None:
+                copy.close()
             self._log.warning("copy lost", node=role.other, reason=reason)
             self._drop(role)
-        self._copies = {}
+        self._copies = {copy: role for copy, role in self._copies.items() if copy not in lost}
         self._say()
 
     def _drop(self, role: ShardRole) -> None:
@@ -279,14 +260,7 @@ class CopiedShard:
         except Exception as error:  # whatever it is, the server can continue without this copy
             with self._changed:
                 self._waiting = None
-                if copy in self._copies:
-                    self._lose(str(error))
-                    return
-                if copy is not None:
-                    copy.close()
-                self._log.warning("copy lost", node=role.other, reason=str(error))
-                self._drop(role)
-                self._say()
+                self._lose(self._copies if copy in self._copies else {copy: role}, str(error))
 
     def _give(self, copy: Caller, role: ShardRole) -> None:
         with self._changed:
