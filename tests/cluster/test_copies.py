@@ -289,10 +289,10 @@ def test_the_rows_of_both_are_equal_whenever_a_copy_begins(kit: Kit, monkeypatch
                 break
             begun += 1
             kit.join()
-        assert not any(line["level"] == "warning" for line in kit.lines)
         if number % 7 == 0:
             scribe.checkpoint(scribe.writer.position)
             scribe.writer.commit()
+    assert begun == 5
     kit.check()
     scribe.writer.close()
     kit.check()
