@@ -219,7 +219,7 @@ def serve(
 
 @cluster_app.command(
     examples=[
-        "instep cluster up /srv/ears --on ray --shards 12 --record /var/lib/instep",
+        "instep cluster up /srv/ears --on ray --shards 8 --record /var/lib/instep",
     ]
 )
 @partial(takes_settings, without=("demo", "endpoint", "http", "device", "verify_live"))
@@ -247,7 +247,7 @@ def up(
 
 @cluster_app.command(
     examples=[
-        "instep cluster directory --store /var/lib/instep-directory --shards 12",
+        "instep cluster directory --store /var/lib/instep-directory --shards 8",
         "instep cluster directory --store decisions --shards 4 --copies 0",
     ]
 )

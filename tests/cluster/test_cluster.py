@@ -150,6 +150,12 @@ async def test_what_a_node_refuses_and_shows(tmp_path: Path) -> None:
         assert same.wait() == 2
         assert str(same.folder) in same.log()
 
+        taken = ClusterNode(cluster, "n1", twin.port)
+        taken.folder, taken.http = tmp_path / "taken", f"127.0.0.1:{twin.port + 3}"
+        taken.start()
+        assert taken.wait() == 2
+        assert taken.http in taken.log()
+
         def get(path: str) -> str:
             with urlopen(f"http://{cluster.nodes[0].http}{path}", timeout=10) as answer:
                 return str(answer.read().decode())
