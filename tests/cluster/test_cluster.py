@@ -130,31 +130,22 @@ async def test_what_a_node_refuses_and_shows(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, nodes=2, shards=2)
     cluster.nodes[0].http = f"127.0.0.1:{cluster.nodes[0].port + 4}"
     async with cluster:
-        twin = ClusterNode(cluster, "n0", cluster.nodes[1].port + 100)
-        twin.folder = tmp_path / "twin"
-        twin.start()
-        assert twin.wait() == 2
-        assert f"127.0.0.1:{cluster.nodes[0].port}" in twin.log()
-        other = ClusterNode(cluster, "n1", twin.port)
-        other.folder = tmp_path / "other"
-        (other.folder / "shard-0").mkdir(parents=True)
-        (other.folder / "shard-0" / "gru.instep").touch()
-        (other.folder / "shards").write_text("6")
-        other.start()
-        assert other.wait() == 2
-        assert "of 6 shards, not 2" in other.log()
+        free_port = cluster.nodes[1].port + 100
 
-        same = ClusterNode(cluster, "n1", twin.port)
-        same.folder = cluster.nodes[0].folder
-        same.start()
-        assert same.wait() == 2
-        assert str(same.folder) in same.log()
+        def refused(name: str, folder: Path) -> str:
+            node = ClusterNode(cluster, name, free_port)
+            node.folder, before = folder, len(node.log())
+            node.start()
+            assert node.wait() == 2
+            return node.log()[before:]
 
-        taken = ClusterNode(cluster, "n1", twin.port)
-        taken.folder, taken.http = tmp_path / "taken", f"127.0.0.1:{twin.port + 3}"
-        taken.start()
-        assert taken.wait() == 2
-        assert taken.http in taken.log()
+        assert f"127.0.0.1:{cluster.nodes[0].port}" in refused("n0", tmp_path / "twin")
+        other = tmp_path / "other"
+        (other / "shard-0").mkdir(parents=True)
+        (other / "shard-0" / "gru.instep").touch()
+        (other / "shards").write_text("6")
+        assert "of 6 shards, not 2" in refused("n1", other)
+        assert str(cluster.nodes[0].folder) in refused("n1", cluster.nodes[0].folder)
 
         def get(path: str) -> str:
             with urlopen(f"http://{cluster.nodes[0].http}{path}", timeout=10) as answer:
@@ -169,7 +160,7 @@ async def test_what_a_node_refuses_and_shows(tmp_path: Path) -> None:
         while "shard_up" in await asyncio.to_thread(get, "/metrics"):  # the node forgets it a moment later
             await asyncio.sleep(0.05)
 
-        stranger = ClusterNode(cluster, "stranger", twin.port)  # whose key nobody knows
+        stranger = ClusterNode(cluster, "stranger", free_port)  # whose key nobody knows
         stranger.start()
         while "waits for the directory" not in stranger.log():
             await asyncio.sleep(0.05)
