@@ -132,9 +132,9 @@ async def test_what_a_node_refuses_and_shows(tmp_path: Path) -> None:
     async with cluster:
         free_port = cluster.nodes[1].port + 100
 
-        def refused(name: str, folder: Path) -> str:
+        def refused(name: str, folder: Path, http: str = "off") -> str:
             node = ClusterNode(cluster, name, free_port)
-            node.folder, before = folder, len(node.log())
+            node.folder, node.http, before = folder, http, len(node.log())
             node.start()
             assert node.wait() == 2
             return node.log()[before:]
@@ -146,6 +146,8 @@ async def test_what_a_node_refuses_and_shows(tmp_path: Path) -> None:
         (other / "shards").write_text("6")
         assert "of 6 shards, not 2" in refused("n1", other)
         assert str(cluster.nodes[0].folder) in refused("n1", cluster.nodes[0].folder)
+        of_a_copy = f"127.0.0.1:{free_port + 3}"
+        assert of_a_copy in refused("n1", tmp_path / "taken", of_a_copy)
 
         def get(path: str) -> str:
             with urlopen(f"http://{cluster.nodes[0].http}{path}", timeout=10) as answer:

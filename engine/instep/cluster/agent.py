@@ -33,7 +33,6 @@ from instep.cluster.rules import ShardRole
 from instep.cluster.shards import claim, folder_of_sockets
 from instep.cluster.talk import Caller, NoAnswer, Rejected, keys_for
 from instep.config import Config
-from instep.config.endpoint import host_and_port
 from instep.frontends import CannotListen
 from instep.frontends.shards import Shard
 from instep.interrupts import ENDINGS, signal_name
@@ -407,14 +406,7 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
         raise CannotServe("a node records: give --record FOLDER, and recording.durability commit or fsync")
     with closing(Caller(directory, keys_for(config.node_transport, DIRECTORY))) as caller:
         shards = DirectoryClient(caller, make_log(config.log)).shards()
-    if port + 2 * shards > 65_536:
-        raise CannotServe(f"{shards} servers and {shards} copies need ports from {port} on, and the last one is 65535")
-    http = config.http.endpoint
-    if http is not None and host_and_port(http)[1] in range(port, port + 2 * shards):
-        raise CannotServe(
-            f"http.endpoint {http} has the port of a shard or of a copy: they have {2 * shards} from {port}"
-        )
-    found = before_loading(config, restart=True, shards=shards)
+    found = before_loading(config, restart=True, shards=shards, copies=shards)
     problems = (each for each in found if each.severity == "problem")
 
     def reread_rest() -> Config:  # models stay: the next process of any shard here is a fork that has these

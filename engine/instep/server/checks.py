@@ -59,9 +59,12 @@ class Finding(NamedTuple):
         return f"{self.what}: {self.cure}" if self.cure else self.what
 
 
-def before_loading(config: Config, *, restart: bool = False, shards: int = 1) -> Iterator[Finding]:
-    """Check everything that needs no loaded model, without writing anything; `restart` is as in `serve.run`."""
-    if problems := list(_shards(config, shards)):
+def before_loading(config: Config, *, restart: bool = False, shards: int = 1, copies: int = 0) -> Iterator[Finding]:
+    """Check everything that needs no loaded model, without writing anything; `restart` is as in `serve.run`.
+
+    Copies have the ports after those of the shards.
+    """
+    if problems := list(_shards(config, shards, copies)):
         yield from problems
         return
     folder = config.recording.file
@@ -201,25 +204,26 @@ def _file_limits() -> tuple[int, int]:
     return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
-def _shards(config: Config, shards: int) -> Iterator[Finding]:
+def _shards(config: Config, shards: int, copies: int) -> Iterator[Finding]:
     """What does not fit this number of shards; nothing else can be checked then."""
     endpoint, http, folder = config.transport.endpoint, config.http.endpoint, config.recording.file
     if folder is not None and (recorded := shards_in(folder)) not in (0, shards):
         what = f"the recordings in {folder} are of {recorded} shards, not {shards}"
         yield Finding("problem", what, "a stream would be looked for in the wrong one")
-    if shards == 1:
+    if shards + copies == 1:
         return
     if folder is not None and (folder.suffix == SUFFIX or not (folder if folder.exists() else folder.parent).is_dir()):
         what = f"recording.file {folder} is not a folder"
         yield Finding("problem", what, "each shard records into a folder in it: name one")
     if endpoint.startswith("tcp:"):
         port = endpoint.rpartition(":")[2]
-        ports = range(int(port), int(port) + shards) if port.isdecimal() else range(0)
+        count = shards + copies
+        ports = range(int(port), int(port) + count) if port.isdecimal() else range(0)
         if not ports or ports[-1] > _LAST_PORT:
-            what = f"--shards needs another port than that of {endpoint}"
+            what = f"{endpoint} is the first of {count} endpoints, which need ports in a row"
             yield Finding("problem", what, f"shard K listens at the port + K, and the last port is {_LAST_PORT}")
         if http is not None and host_and_port(http)[1] in ports:
-            what = f"http.endpoint {http} has the port of a shard"
+            what = f"http.endpoint {http} has the port of a {'shard or copy' if copies else 'shard'}"
             yield Finding("problem", what, "choose another one (--http 127.0.0.1:PORT)")
 
 
