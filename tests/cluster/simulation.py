@@ -311,6 +311,8 @@ class Recording:
 
     term: int
     rows: list[tuple[float, Row]] = field(default_factory=list)
+    boot: int = 0
+    """The start of the machine since which it has had everything."""
 
     @property
     def position(self) -> tuple[int, int]:
@@ -326,6 +328,7 @@ class Node(Machine):
         self.disk: dict[int, Recording] = {}
         self.attempts: dict[int, tuple[int, int]] = {}
         """The newest attempt that a copy here has seen; on disk, too."""
+        self.boot = 0
         self.unfenced: dict[int, Holder] = {}
         self.agent = Agent(self)
 
@@ -338,7 +341,8 @@ class Node(Machine):
             self.agent = Agent(self)
 
     def lose_moments(self, seconds: float) -> None:
-        """Lose what was written last."""
+        """Lose what was written last, as the machine starts again."""
+        self.boot += 1
         limit = self.world.clock.now - seconds
         for recording in self.disk.values():
             recording.rows = [row for row in recording.rows if row[0] <= limit]
@@ -445,6 +449,7 @@ class Holder(Process):
             return reply(False)
         self.taken += not is_late
         if what == "whole" and self.incoming is not None:
+            self.incoming.boot = node.boot
             node.disk[self.shard], self.incoming = self.incoming, None
         elif what == "row" and self.is_alive:
             for row in of:
@@ -503,12 +508,12 @@ class Server(Process):
 
     async def _live(self) -> None:
         await self.sleep(self.clock.random.uniform(0.05, 0.3))
-        recording = self.node.disk.setdefault(self.shard, Recording(self.term))
+        recording = self.node.disk.setdefault(self.shard, Recording(self.term, boot=self.node.boot))
         for _, row in recording.rows:
             self._replay(row)
         while not await self._begin(recording):
             pass
-        recording.term = self.term
+        recording.term, recording.boot = self.term, self.node.boot
         self.is_serving = True
         while True:
             what, of = await self.work.take(self)
@@ -532,6 +537,8 @@ class Server(Process):
             return True
         link = Link(self.world.node(self.role.other), self.role.attempt)
         theirs = await self._to_copy(link, "position", None, number=0)
+        if theirs is None and recording.boot != self.node.boot:
+            return False  # the recording may lack its end, which the copy has
         if theirs and Rule.MORE not in self.world.broken and theirs > len(recording.rows):
             await self._ask_directory("behind", self.role.attempt)
             await self._end("its copy has more")
