@@ -54,7 +54,7 @@ class Rule(enum.Enum):
     RISING = "7, second half: a copy takes nothing of an earlier attempt than it has seen"
     OLD_COPY = "8: an old copy stays until the new one is whole"
     BEGINS = "9, first half: a server that begins asks for its role"
-    BACK = "9, second half: it answers only once it has its copy back, or once that is dropped"
+    BACK = "9, second half: it answers only once its former copy is dropped"
     MORE = "9: of recording and copy, the one that has more continues"
     HIGHEST = "10: a client follows no table and stays with no server of a lower term"
 
@@ -441,8 +441,6 @@ class Holder(Process):
                 return reply(False)
             node.attempts[self.shard], self.attempt, self.taken = attempt, attempt, 0
             self.incoming = Recording(attempt[0], [(self.clock.now, row) for _, row in of])
-            if Rule.OLD_COPY in self.world.broken:
-                node.disk.pop(self.shard, None)
             return self.clock.at(self.clock.random.uniform(0.0, 0.3), node, lambda: reply(self.is_alive))
         is_late = attempt != self.attempt
         if (is_late and Rule.RISING not in self.world.broken) or (not is_late and number != self.taken + 1):
@@ -542,16 +540,7 @@ class Server(Process):
         if theirs and Rule.MORE not in self.world.broken and theirs > len(recording.rows):
             await self._ask_directory("behind", self.role.attempt)
             await self._end("its copy has more")
-        if recording.term != self.term:  # the copy is that of the former server, which has ended in order
-            await self._drop(Link(link.node, self.role.attempt))
-            return True
-        is_taken = await self._to_copy(link, "rows", recording.rows, number=0)
-        if not is_taken or not await self._to_copy(link, "whole", None):
-            await self._drop(link)
-            return True
-        if not await self._ask_directory("attached", self.role.attempt):
-            return False
-        self.link = link
+        await self._drop(link)
         return True
 
     def told(self, role: ShardRole) -> None:
@@ -572,6 +561,8 @@ class Server(Process):
 
     async def _copy(self, link: Link) -> None:
         """Give the copy all rows, beside the server."""
+        if Rule.OLD_COPY in self.world.broken and self.link is not None:
+            await self._drop(self.link)
         rows = list(self.node.disk[self.shard].rows)
         if Rule.WHOLE in self.world.broken:
             await self._ask_directory("attached", link.attempt)

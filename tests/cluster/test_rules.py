@@ -260,11 +260,24 @@ def test_a_server_that_begins_gets_another_number_and_one_of_a_former_term_none(
     assert (role.other, role.counts) == (copy, True)
     assert role.attempt > attempt
     assert not cluster.rules.dropped(0, term, attempt), "the copy counts in another attempt"
+    assert cluster.rules.table().endpoints == ("",), "an earlier process had it"
     assert cluster.rules.behind(0, term, role.attempt)
     assert cluster.rules.shards[0][:2] == (term + 1, copy)
     assert cluster.rules.begins(0, term, server) is None
     assert cluster.rules.begins(0, term + 1, server) is None
     assert not cluster.rules.behind(0, term, role.attempt)
+
+
+def test_a_server_that_begins_and_makes_its_copy_anew_blames_no_node_and_is_still_moved() -> None:
+    cluster = running(shards=1, nodes="ab")
+    term, server, copy = cluster.places()[0]
+    cluster.rules.move(0, copy)
+    role = cluster.rules.begins(0, term, server)
+    assert role is not None
+    assert cluster.rules.dropped(0, term, role.attempt)
+    cluster.run(2 * PAUSE_S)
+    assert (cluster.rules.shards[0].target, cluster.rules.shards[0].copy) == (copy, copy)
+    assert cluster.rules.nodes[copy].failures == 0
 
 
 def test_a_store_that_fails_changes_nothing() -> None:

@@ -40,17 +40,17 @@ from instep_client.protocol.errors import InvalidInput
 from instep_client.states import sync_folder
 
 MAX_MESSAGE_BYTES: Final = 2**28
-"""Of a transaction, and of those that wait while a copy begins."""
+"""The longest transaction, and the most that may wait while a copy begins."""
 _PORTION_BYTES: Final = 2**21
 _ROW_BYTES: Final = 64
 _AT_ONCE: Final = 16
 """Transactions that waited and that the copy commits together."""
 _AHEAD_BYTES: Final = 2**22
 _HELD_UP_S: Final = 0.06
-"""While more than that waits for a copy that begins, each commit takes so much longer, so that the copy catches up. An
-answer may wait for two commits."""
+"""While more than that waits for a copy that begins, each commit is delayed by this long, so that the copy catches up.
+An answer may wait for two commits."""
 _ROUNDS: Final = 3
-"""How often a whole copy gets what was committed meanwhile before it gets the rest while the recorder waits."""
+"""How often a whole copy is sent what was committed meanwhile. The rest is sent while recorders wait."""
 _WHOLE_S: Final = 30.0
 """The time in which all of a new copy is on the disk, and in its place."""
 _AGAIN_S: Final = 1.0
@@ -194,7 +194,8 @@ class CopiedShard:
             except (NoAnswer, Rejected) as error:
                 if copy is [*self._copies][-1]:
                     self._lose(self._copies, str(error))
-                while copy in self._copies:  # its process ends once the directory has another in its place
+                # a former copy ends once the directory has the new one in its place: `_give` hears of that soon
+                while copy in self._copies:
                     self._changed.wait()
 
     def _check(self) -> None:

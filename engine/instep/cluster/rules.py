@@ -214,14 +214,15 @@ class Assignments:
         if view.copy or view.joining or not view.begun:
             attempt = view.attempt + 1
             self._change(shard, "begun", joining="", attempt=attempt, copy_attempt=attempt, begun=True)
+        self.serves(shard, term, node, "")
         self._gone.discard(shard)
         return self._server_role(shard)
 
     def attached(self, shard: int, term: int, attempt: int) -> bool:
         """Whether the copy of this attempt, which is whole, counts from now on.
 
-        If not, a server that has not answered anything yet asks `begins` again, and another one asks `dropped`: this
-        attempt may have counted, and the next term may have begun, before the answer was lost.
+        If not, the server asks `dropped`: this attempt may have counted, and the next term may have begun, before the
+        answer was lost.
         """
         view = self.shards[shard]
         if view.term == term and view.joining and view.attempt == attempt:
@@ -240,10 +241,10 @@ class Assignments:
         lost = view.joining if is_joining else view.copy if view.copy_attempt == attempt else ""
         if lost:
             left = {"joining": ""} if is_joining else {"copy": ""}
-            target = "" if lost == view.target else view.target
-            view = self._change(shard, f"lost the copy on {lost}", target=target, **left)
             # a server that begins, or for which another copy is being made, need not have found anything wrong
             has_failed = is_joining or (self._endpoints[shard] and not view.joining)
+            target = "" if has_failed and lost == view.target else view.target
+            view = self._change(shard, f"lost the copy on {lost}", target=target, **left)
             if has_failed and (node := self.nodes.get(lost)):
                 node.avoid_until = self._now + min(2.0**node.failures, MAX_AVOID_S)
                 node.failures += 1
