@@ -54,6 +54,20 @@ class CommandLine(typer.Typer):
             **settings,
         )
 
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        """Run the typed command and exit; silently with `BROKEN_PIPE` if nobody reads the output."""
+        try:
+            try:
+                return super().__call__(*args, **settings)
+            finally:
+                sys.stdout.flush()
+        except (BrokenPipeError, SystemExit) as error:
+            # typer and rich exit with 1 instead of raising it
+            if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush fails again
+            raise SystemExit(BROKEN_PIPE) from None
+
     def command(  # type: ignore[override]  # names only the settings that are used here
         self, name: str | None = None, *, examples: Sequence[str] = (), **settings: Any
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -154,24 +168,15 @@ class PlainCommands(TyperGroup):
     """A group of commands that report invalid values of options in plain words."""
 
     def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
-        """Run the typed command and exit; silently with `BROKEN_PIPE` if nobody reads the output."""
+        """Run the typed command and exit."""
         try:
-            try:
-                return super().main(args, *others, **settings)
-            except SystemExit as end:
-                # typer has said on stderr why it cannot run what was typed, and exits instead of raising it
-                sentence = getattr(end.__context__, "format_message", None)
-                if sentence is not None and "--json" in (sys.argv if args is None else args):
-                    typer.echo(json.dumps({"error": sentence()}))
-                raise
-            finally:
-                sys.stdout.flush()
-        except (BrokenPipeError, SystemExit) as error:
-            # typer and rich exit with 1 instead of raising it
-            if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush fails again
-            raise SystemExit(BROKEN_PIPE) from None
+            return super().main(args, *others, **settings)
+        except SystemExit as end:
+            # typer has said on stderr why it cannot run what was typed, and exits instead of raising it
+            sentence = getattr(end.__context__, "format_message", None)
+            if sentence is not None and "--json" in (sys.argv if args is None else args):
+                typer.echo(json.dumps({"error": sentence()}))
+            raise
 
     def get_params(self, ctx: Any) -> list[Any]:
         """The options of the group itself."""

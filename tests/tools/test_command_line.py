@@ -75,7 +75,14 @@ def test_a_shell_completes_commands(program: str, begun: str, completed: str) ->
     assert result.stdout.split() == [completed]
 
 
-@pytest.mark.parametrize("command", ["instep config", "instep_tools produce --help"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "instep config",
+        "instep recordings info missing --json",
+        "instep_tools produce --help",
+    ],
+)
 def test_output_that_nobody_reads_ends_a_command_quietly(command: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
