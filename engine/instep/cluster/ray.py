@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
-from tempfile import NamedTemporaryFile
+from tempfile import TemporaryFile
 from threading import Thread
 from typing import Any, Final
 
@@ -54,11 +54,12 @@ class ProgramActor:
     def __init__(self, folder: str, arguments: Sequence[str], config: str) -> None:
         with suppress(OSError):  # the program says what is wrong with it
             os.makedirs(folder, exist_ok=True)
-        self._file = NamedTemporaryFile("w", prefix="instep-", suffix=".yaml")  # noqa: SIM115 - as long as the actor
-        self._file.write(config)
-        self._file.flush()
-        command = [sys.executable, "-c", _PROGRAM, str(os.getpid()), "cluster", *arguments, "--config", self._file.name]
-        self._program = subprocess.Popen(command)
+        with TemporaryFile("w") as file:  # without a name, so that nothing is left however the actor ends
+            file.write(config)
+            file.seek(0)
+            given = ["cluster", *arguments, "--config", f"/dev/fd/{file.fileno()}"]
+            command = [sys.executable, "-c", _PROGRAM, str(os.getpid()), *given]
+            self._program = subprocess.Popen(command, pass_fds=[file.fileno()])
         self._stops = False
         Thread(target=self._watch, daemon=True).start()
 
