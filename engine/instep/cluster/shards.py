@@ -63,7 +63,8 @@ def run(config: Config, shards: int, *, reread: Callable[[], Config]) -> int:
 def folder_of_sockets() -> Iterator[Path]:
     """A folder for the sockets of shards' admin servers, which no other user can enter.
 
-    It is removed by the process that made it or, if that was killed, by those that it forked.
+    The process that made it removes it. If that was killed, those that it forked do; those of an agent are killed with
+    it, and leave the folder.
     """
     maker, folder = os.getpid(), Path(tempfile.mkdtemp(prefix="instep-"))
     try:
