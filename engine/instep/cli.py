@@ -286,11 +286,12 @@ def agent(
     name: Annotated[str, typer.Option(metavar="NODE", help="The node's name. Default: that of this machine.")] = "",
     host: Annotated[str, typer.Option(metavar="HOST", help="Where others reach it. Default: as in --endpoint.")] = "",
 ) -> None:
-    """Run the agent of a node: it starts the servers and copies that the directory wants here.
+    """Run the agent of a node: it starts the servers and copies that the directory assigns to it.
 
-    Shard k listens at the port of --endpoint + k, and takes copies at that port + the number of shards. Ctrl-C and
-    SIGTERM end its servers in order; SIGHUP reloads their configuration. Exit status 0: it was stopped. 1: a shard
-    failed again and again. 2: it could not start.
+    --endpoint is tcp://HOST:PORT: shard k listens at that port + k, and takes copies at that port + the number of
+    shards. Ctrl-C and SIGTERM end its servers in order; SIGHUP reloads their configuration. Exit status 0: it was
+    stopped. 1: a server failed again and again, or did not end in order. 2: it could not start. 130: it was forced to
+    stop.
     """
     from instep.config import load_config
 

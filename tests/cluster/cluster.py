@@ -41,18 +41,20 @@ class ClusterNode:
         self.name, self.port = name, port
         self.folder = cluster.folder / name
         self.http = "off"
+        self.config = self.folder.with_suffix(".yaml")
         self._cluster = cluster
         self._agent: WarmProcess | None = None
         self._frozen: list[psutil.Process] = []
 
     def start(self) -> None:
         self.folder.mkdir(exist_ok=True)
+        self.config.touch()
         self._agent = self._cluster.begin(
             self.name,
             *("agent", str(self._cluster.folder / "model"), "--record", str(self.folder)),
             *("--endpoint", f"tcp://127.0.0.1:{self.port}", "--set", f"http.endpoint={self.http}", "--name", self.name),
             *("--directory", self._cluster.directory, "--set", "recording.recovery_target_s=0.05"),
-            *("--set", "cluster.copy_timeout_s=1"),
+            *("--set", "cluster.copy_timeout_s=1", "--config", str(self.config)),
         )
 
     def processes(self) -> list[psutil.Process]:

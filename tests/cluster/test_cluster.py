@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from instep.cluster.agent import NodeProcess, received
+from instep.server.supervisor import MOST_RESTARTS
 from instep_client import StreamEvicted
 from instep_client.protocol.codes import Code
 from tests.cluster.chaos import run
@@ -47,11 +48,44 @@ async def test_killed_servers_copies_and_stepping_processes(tmp_path: Path) -> N
     async with under_load(tmp_path) as (cluster, load):
         cluster.server_of(0).kill()
         cluster.copy_of(1).kill()
+        node = cluster.node(cluster.status()[3]["server"])
+        (node.folder / "shard-3" / "complete.json").write_text("")  # the agent goes on, and takes part
         (stepping,) = cluster.server_of(2).children()
         stepping.kill()
         await load.progress()
         await cluster.until_whole()
         assert sum(node.log().count("was killed by SIGKILL") for node in cluster.nodes) >= 3
+
+
+async def test_a_server_that_dies_again_and_again_is_replaced_by_its_copy(tmp_path: Path) -> None:
+    async with under_load(tmp_path, shards=1) as (cluster, load):
+        shard = cluster.status()[0]
+        for _ in range(MOST_RESTARTS):
+            cluster.server_of(0).kill()
+            await load.progress()
+        await cluster.until_whole()
+        assert cluster.status()[0]["term"] == shard["term"]
+        cluster.server_of(0).kill()
+        await cluster.until(lambda shards: shards[0]["server"] == shard["copy"])
+        await load.progress()
+
+
+async def test_an_agent_that_is_ended_during_a_move_waits_for_the_server_that_drains(tmp_path: Path) -> None:
+    async with under_load(tmp_path, shards=1) as (cluster, load):
+        shard = cluster.status()[0]
+        node = cluster.node(shard["server"])
+        (stepping,) = cluster.server_of(0).children()
+        stepping.suspend()
+        cluster.ask("move", 0, shard["copy"])
+        while "hint" not in node.log():  # the server drains
+            await asyncio.sleep(0.05)
+        node.agent.terminate()
+        await asyncio.sleep(DEAD_S + 1)  # it is not lost meanwhile
+        stepping.resume()
+        assert await asyncio.to_thread(node.wait) == 0
+        await load.progress()
+        assert f"moved from {node.name}" in (tmp_path / "directory.log").read_text()
+        node.start()
 
 
 async def test_a_lost_node_and_its_return(tmp_path: Path) -> None:
@@ -156,10 +190,16 @@ async def test_what_a_node_refuses_and_shows(tmp_path: Path) -> None:
         (shard,) = (each["shard"] for each in cluster.status() if each["server"] == "n0")
         assert f'instep_shard_up{{shard="{shard}"}} 1' in await asyncio.to_thread(get, "/metrics")
         assert [each["shard"] for each in json.loads(await asyncio.to_thread(get, "/readyz"))["shards"]] == [shard]
-        cluster.nodes[0].reload()
+        for node in cluster.nodes:
+            node.config.write_text("log: {level: debug}")
+            node.reload()
+            while "reloaded" not in node.log():
+                await asyncio.sleep(0.05)
         cluster.ask("drain", "n0")
         await cluster.until(lambda shards: all(each["server"] == "n1" for each in shards))
         while "shard_up" in await asyncio.to_thread(get, "/metrics"):  # the node forgets it a moment later
+            await asyncio.sleep(0.05)
+        while " debug configuration " not in cluster.nodes[1].log():  # of a server that begins after the reload
             await asyncio.sleep(0.05)
 
         stranger = ClusterNode(cluster, "stranger", free_port)  # whose key nobody knows

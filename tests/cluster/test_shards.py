@@ -187,8 +187,8 @@ def configured(endpoint: str, record: Path | None = None, http: str = "off", mod
     return Config.model_validate({**sections, "recording": {"file": record}})
 
 
-def problems(config: Config, shards: int) -> list[str]:
-    return [str(each) for each in before_loading(config, shards=shards) if each.severity == "problem"]
+def problems(config: Config, shards: int, copies: int = 0) -> list[str]:
+    return [str(each) for each in before_loading(config, shards=shards, copies=copies) if each.severity == "problem"]
 
 
 def test_ports_that_are_taken_or_do_not_exist_are_refused_before_anything_starts() -> None:
@@ -228,3 +228,6 @@ def test_recordings_of_another_number_of_shards_are_refused(arguments: list[str]
     for wrong, reason in ((tmp_path / "ears.instep", "is not a folder"), (tmp_path, "are of 1 shards, not 2")):
         (problem,) = problems(configured(f"ipc://{tmp_path}/s", wrong), 2)
         assert f"{wrong} {reason}" in problem
+    assert problems(configured(f"ipc://{tmp_path}/s", tmp_path), 1) == []
+    (problem,) = problems(configured(f"ipc://{tmp_path}/s", tmp_path), 1, copies=1)  # those of one shard are elsewhere
+    assert str(tmp_path) in problem

@@ -1,6 +1,6 @@
-"""The agent of a node: it has the models in memory, and forks what the directory wants the node to be.
+"""The agent of a node: it forks a server or a copy for each shard that the directory assigns to this node.
 
-That is a server or a process with a copy for each shard, and a process that talks to the directory. The agent itself
+The models are loaded once, before. Two more processes talk to the directory and run the admin server. The agent itself
 has no threads and no sockets of ZeroMQ, because it forks.
 """
 
@@ -32,7 +32,7 @@ from instep.cluster.directory import DirectoryClient
 from instep.cluster.rules import ShardRole
 from instep.cluster.shards import claim, folder_of_sockets
 from instep.cluster.talk import Caller, NoAnswer, Rejected, keys_for
-from instep.config import Config
+from instep.config import Config, ConfigError
 from instep.frontends import CannotListen
 from instep.frontends.shards import Shard
 from instep.interrupts import ENDINGS, signal_name
@@ -40,7 +40,7 @@ from instep.recording.errors import RecordingError
 from instep.security.keys import ServerKeys
 from instep.server.checks import CannotServe, before_loading
 from instep.server.log import make_log
-from instep.server.serve import Kept, Launch, ServiceManager, launching, serve_one
+from instep.server.serve import Kept, Launch, ServiceManager, has_terminal, launching, serve_one
 from instep.server.supervisor import MOST_RESTARTS, WITHIN_S, become_child, ended_processes
 from instep_client.protocol.errors import InvalidInput
 from instep_client.protocol.wire import ShardTable
@@ -77,14 +77,13 @@ class NodeProcess:
 
 @dataclass(slots=True, eq=False)
 class NodeShard:
-    """What a node is to be for a shard in one term, and the process that is it."""
+    """The role that the directory gives a node for a shard in one term, and its process."""
 
     role: ShardRole
     process: NodeProcess | None = None
     has_ended: bool = False
     """Whether the server has ended in order; said until the shard is served elsewhere."""
     deaths: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_RESTARTS + 1))
-    kept: Kept = field(default_factory=Kept)
 
     @property
     def begins_at(self) -> float:
@@ -131,6 +130,7 @@ class Agent:
     _has: dict[int, tuple[int, int]] = field(default_factory=dict)
     _has_failed: bool = False
     """Whether a server did not end in order when the agent ended."""
+    _had_terminal: bool = field(default_factory=has_terminal)
     _stops: int = 0
 
     def run(self) -> int:
@@ -142,7 +142,8 @@ class Agent:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        signal.signal(signal.SIGHUP, self._reload)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(signal.SIGHUP, self._hung_up)
         self._relay, self._admin = self._fork(self._talk), self._fork(self._administer)
         self._has = dict.fromkeys(range(self.shards), (0, 0))  # each is looked for
         while not self._stops:
@@ -196,7 +197,7 @@ class Agent:
     # What becomes of processes.
 
     def _follow(self) -> None:
-        """Begin what the node is to be, and end servers whose copies take their places."""
+        """Begin the processes of the node's roles, and end servers whose copies take their places."""
         for each in self._roles.values():
             role, process = each.role, each.process
             if process is not None:
@@ -282,7 +283,16 @@ class Agent:
     def _stop(self, *_: object) -> None:
         self._stops += 1
 
-    def _reload(self, *_: object) -> None:
+    def _hung_up(self, *_: object) -> None:
+        if self._stops:
+            return
+        if self._had_terminal and not has_terminal():
+            self._stop()
+            return
+        try:
+            self.launch = self.launch.reloaded()
+        except ConfigError as error:
+            self.launch.log.error("not reloaded", reason=str(error))
         for process in self._processes():
             with suppress(ProcessLookupError):  # it ends at this moment
                 os.kill(process.pid, signal.SIGHUP)  # which processes with copies have blocked
@@ -291,12 +301,14 @@ class Agent:
         """End the servers in order, then everything else; a second signal does not wait."""
         self.launch.log.info("stopping", hint="ending servers in order; interrupt again to force")
         for each in self._roles.values():
-            if each.process is not None and each.process.serves:
+            if each.process is not None and each.process.serves and not each.process.is_ending:
                 self._end_server(each.process, each.role)
-        while self._stops == 1 and any(process.is_ending for process in self._processes()):
+        waits = True
+        while waits:
+            waits = self._stops == 1 and any(process.is_ending for process in self._processes())
+            self._say()  # it is not lost, still has copies, and servers have ended in order
             time.sleep(_LOOK_EVERY_S)
             self._bury()
-            self._say()  # it is not lost, and still has copies
         for each in self._roles.values():
             self._kill(each)
         if self._stops > 1:
@@ -355,7 +367,7 @@ class Agent:
                 copied.follow(role)
 
         launch = replace(self.launch.of_shard(place), service_manager=ServiceManager({}, log, self.shards))
-        return serve_one(launch, of.kept, on_ready)
+        return serve_one(launch, Kept(), on_ready)
 
     def _hold(self, of: NodeShard, pipe: socket.socket) -> int:
         role = of.role
@@ -377,10 +389,14 @@ class Agent:
         found, in_use = {}, {each.role.shard for each in self._roles.values() if each.process is not None}
         for shard in self._has.keys() | {each.role.shard for each in self._roles.values()}:
             folder = self._folder_of(shard)
-            if shard not in in_use:
-                settle(folder)
-            if files := positions(folder):
-                found[shard] = term_of(folder), sum(max(0, position) for position in files.values())
+            try:
+                if shard not in in_use:
+                    settle(folder)
+                if files := positions(folder):
+                    found[shard] = term_of(folder), sum(max(0, position) for position in files.values())
+            except (OSError, ValueError):  # a copy is being put in place at this moment, or a file is damaged
+                if shard in self._has:
+                    found[shard] = self._has[shard]
         return found
 
 

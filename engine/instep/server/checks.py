@@ -210,6 +210,9 @@ def _shards(config: Config, shards: int, copies: int) -> Iterator[Finding]:
     if folder is not None and (recorded := shards_in(folder)) not in (0, shards):
         what = f"the recordings in {folder} are of {recorded} shards, not {shards}"
         yield Finding("problem", what, "a stream would be looked for in the wrong one")
+    elif folder is not None and copies and any(folder.glob(f"*{SUFFIX}")):
+        what = f"{folder} has the recording of a server without shards"
+        yield Finding("problem", what, "the cluster would not serve its streams: name another folder")
     if shards + copies == 1:
         return
     if folder is not None and (folder.suffix == SUFFIX or not (folder if folder.exists() else folder.parent).is_dir()):

@@ -275,6 +275,10 @@ class Launch:
             shard=shard,
         )
 
+    def reloaded(self) -> Launch:
+        """That of servers which begin after a reload; raises ConfigError."""
+        return replace(self, config=self.config.with_values(_changeable(self.reread())))
+
 
 @contextlib.contextmanager
 def launching(
@@ -386,7 +390,7 @@ async def _serve(launch: Launch, kept: Kept, on_ready: Callable[[str], None], un
     if problem:
         log.error("models not reloaded", reason=problem)
     log.debug("configuration", **config.model_dump(mode="json"))
-    stops, has_terminal = 0, _has_terminal()
+    stops, had_terminal = 0, has_terminal()
     reloads, turn = Tasks(lambda error: log.error("bug in a reload", exc_info=error)), asyncio.Lock()
 
     async def reload_in_turn() -> None:
@@ -405,7 +409,7 @@ async def _serve(launch: Launch, kept: Kept, on_ready: Callable[[str], None], un
     def hung_up() -> None:
         if stops:
             return  # it ends already, and this is no reason to force it
-        if has_terminal and not _has_terminal():
+        if had_terminal and not has_terminal():
             stop()
         else:
             reloads.start(reload_in_turn())
@@ -437,7 +441,7 @@ async def _serve(launch: Launch, kept: Kept, on_ready: Callable[[str], None], un
     return 130 if stops > 1 else 0
 
 
-def _has_terminal() -> bool:
+def has_terminal() -> bool:
     """Whether there is a controlling terminal; the system removes it when the terminal closes."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
