@@ -42,6 +42,7 @@ class ClusterNode:
         self.folder = cluster.folder / name
         self.http = "off"
         self.config = self.folder.with_suffix(".yaml")
+        self.terminal: int | None = None
         self._cluster = cluster
         self._agent: WarmProcess | None = None
         self._frozen: list[psutil.Process] = []
@@ -55,6 +56,7 @@ class ClusterNode:
             *("--endpoint", f"tcp://127.0.0.1:{self.port}", "--set", f"http.endpoint={self.http}", "--name", self.name),
             *("--directory", self._cluster.directory, "--set", "recording.recovery_target_s=0.05"),
             *("--set", "cluster.copy_timeout_s=1", "--config", str(self.config)),
+            terminal=self.terminal,
         )
 
     def processes(self) -> list[psutil.Process]:
@@ -166,15 +168,16 @@ class Cluster:
             for file in sorted(self.folder.glob("*.log")):
                 print(f"── {file.name}\n{file.read_text()[-6000:]}")  # noqa: T201
 
-    def begin(self, name: str, *command: str) -> WarmProcess:
+    def begin(self, name: str, *command: str, terminal: int | None = None) -> WarmProcess:
         """A command of `instep cluster` for a node or the directory, which has a key of its own beside that of servers.
 
-        What it prints is appended to the log of that name.
+        What it prints is appended to the log of that name, or goes to its terminal.
         """
         self.ring.make(name)
         keys = [*self.ring.arguments, "--set", f"cluster.key_file={self.folder / name}.key_secret"]
         with (self.folder / f"{name}.log").open("a") as log:
-            return WarmProcess(["cluster", *command, *self.arguments, *keys], output=log.fileno())
+            words = ["cluster", *command, *self.arguments, *keys]
+            return WarmProcess(words, output=terminal or log.fileno(), start_new_session=terminal is not None)
 
     def connect(self) -> AsyncClient:
         """A client that is given the first port of each node."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import pty
 import re
 import shutil
 import socket
@@ -264,6 +266,15 @@ async def test_agents_that_are_ended_while_the_directory_is_away_do_not_wait_for
         server.start()
         copy.start()
         await step
+
+
+async def test_an_agent_whose_terminal_closes_ends_its_servers_in_order(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, nodes=1, shards=1, copies=0)
+    terminal, cluster.nodes[0].terminal = pty.openpty()
+    async with cluster:
+        os.close(cluster.nodes[0].terminal)
+        os.close(terminal)
+        assert await asyncio.to_thread(cluster.nodes[0].wait) == 0
 
 
 def test_a_process_that_does_not_read_is_told_again() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import json
 import multiprocessing.util
 import os
@@ -21,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import traceback
 from collections.abc import Sequence
@@ -212,6 +214,8 @@ def _run(request: Request, files: list[int], connection: socket.socket) -> int:
     sys.stdin = os.fdopen(0, closefd=False)
     if request.new_session:
         os.setsid()
+        if os.isatty(0):
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     os.chdir(request.cwd)
     os.environ.clear()
     os.environ.update(request.environment)
