@@ -225,7 +225,7 @@ def test_recordings_of_another_number_of_shards_are_refused(arguments: list[str]
     with pytest.raises(RecordingError, match=re.escape(str(folder / "shards"))):
         problems(config, 4)
     (tmp_path / "ears.instep").touch()
-    for wrong, reason in ((tmp_path / "ears.instep", "is not a folder"), (tmp_path, "are of 1 shards, not 2")):
+    for wrong, reason in ((tmp_path / "ears.instep", "is not a folder"), (tmp_path, "has the recording of a server")):
         (problem,) = problems(configured(f"ipc://{tmp_path}/s", wrong), 2)
         assert f"{wrong} {reason}" in problem
     assert problems(configured(f"ipc://{tmp_path}/s", tmp_path), 1) == []

@@ -207,12 +207,13 @@ def _file_limits() -> tuple[int, int]:
 def _shards(config: Config, shards: int, copies: int) -> Iterator[Finding]:
     """What does not fit this number of shards; nothing else can be checked then."""
     endpoint, http, folder = config.transport.endpoint, config.http.endpoint, config.recording.file
-    if folder is not None and (recorded := shards_in(folder)) not in (0, shards):
+    recorded = 0 if folder is None else shards_in(folder)
+    if folder is not None and (copies or recorded == 1 < shards) and any(folder.glob(f"*{SUFFIX}")):
+        what = f"{folder} has the recording of a server without shards"
+        yield Finding("problem", what, "its streams would not be served: name another folder")
+    elif recorded not in (0, shards):
         what = f"the recordings in {folder} are of {recorded} shards, not {shards}"
         yield Finding("problem", what, "a stream would be looked for in the wrong one")
-    elif folder is not None and copies and any(folder.glob(f"*{SUFFIX}")):
-        what = f"{folder} has the recording of a server without shards"
-        yield Finding("problem", what, "the cluster would not serve its streams: name another folder")
     if shards + copies == 1:
         return
     if folder is not None and (folder.suffix == SUFFIX or not (folder if folder.exists() else folder.parent).is_dir()):
