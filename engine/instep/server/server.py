@@ -353,7 +353,8 @@ class Server:
             self._fail_if_late()
             await asyncio.sleep(_LOOK_S)
         await self._linger()
-        await self._take_checkpoints()
+        if self._shutdown.drains:
+            await self._take_checkpoints()
         self.unanswered_messages = sum(service.engine.unanswered_messages for service in self.services)
 
     async def _take_checkpoints(self) -> None:
