@@ -296,8 +296,8 @@ class Driver:
         self.session.fail(ConnectionFailed, f"the client failed and gave the connection up: {error!r}")
 
     def _wake_tasks(self) -> None:
-        for whom in self.session.outbox.take_woken():
-            waiter = whom.waiter
+        for woken in self.session.outbox.take_woken():
+            waiter = woken.waiter
             if waiter is not None and not waiter.done():
                 waiter.set_result(None)
 

@@ -133,7 +133,7 @@ async def test_a_bug_in_a_request_ends_the_server_with_a_reason(monkeypatch: pyt
         assert (await client.open("s")).kind is Kind.GOODBYE
 
 
-@pytest.mark.parametrize("verb", ["add_inputs", "commit"])
+@pytest.mark.parametrize("verb", ["add_inputs", "commit", "commit at the last checkpoint"])
 async def test_a_recording_that_fails_ends_the_server_with_a_reason_and_nothing_is_answered_any_more(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
@@ -142,32 +142,22 @@ async def test_a_recording_that_fails_ends_the_server_with_a_reason_and_nothing_
 
     recording = {"file": tmp_path / "r.instep"}
     failure = f"the recording {recording['file']} failed: disk full, injected"
+    ends = verb.endswith("checkpoint")
     async with running(SMALL, recording=recording, failure=failure) as server, RawClient(server.endpoint) as client:
         await client.hello()
         handles = (await client.open("s")).handles()
-        monkeypatch.setattr(RecordingWriter, verb, full)
-        reply = await client.step(handles, [0], random_frames(rng, 1))
+        if ends:
+            assert (await client.step(handles, [0], random_frames(rng, 1))).kind is Kind.STEPPED
+        monkeypatch.setattr(RecordingWriter, verb.partition(" ")[0], full)
+        if ends:
+            server.stop()
+            async with asyncio.timeout(server.config.shutdown.drain_timeout_s / 2):
+                reply = await client.receive()
+        else:
+            reply = await client.step(handles, [0], random_frames(rng, 1))
+            assert failure in reply.header[2]
         assert reply.kind is Kind.GOODBYE
-        assert failure in reply.header[2]
-    assert server.unanswered_messages == 1
-
-
-async def test_a_recording_that_fails_at_the_last_checkpoint_is_not_waited_for(
-    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError("disk full, injected")
-
-    recording = {"file": tmp_path / "r.instep"}
-    failure = f"the recording {recording['file']} failed: disk full, injected"
-    async with running(SMALL, recording=recording, failure=failure) as server, RawClient(server.endpoint) as client:
-        await client.hello()
-        handles = (await client.open("s")).handles()
-        assert (await client.step(handles, [0], random_frames(rng, 1))).kind is Kind.STEPPED
-        monkeypatch.setattr(RecordingWriter, "commit", full)
-        server.stop()
-        async with asyncio.timeout(server.config.shutdown.drain_timeout_s / 2):
-            assert (await client.receive()).kind is Kind.GOODBYE
+    assert server.unanswered_messages == (0 if ends else 1)
 
 
 async def test_a_start_that_fails_leaves_nothing_open(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def run(config: Config, folder: Path, shards: int, copies: int, adopt: Collectio
 
 
 class DirectoryClient:
-    """What a server asks the directory, in any thread; see `Assignments`. Each method waits until it has answered."""
+    """Asks the directory on behalf of a server, in any thread. Each method waits for the answer; see `Assignments`."""
 
     def __init__(self, caller: Caller, log: structlog.stdlib.BoundLogger) -> None:
         self._caller, self._log = caller, log

@@ -498,7 +498,7 @@ class Assignments:
 
         * `endpoint`: empty while nobody serves the shard.
         * `alone_s`: seconds for which this directory has known no copy that counts; 0 if one does, or none is wanted.
-        * `problem`: why the shard is not served, and what helps; empty if it is.
+        * `problem`: the reason why the shard is not served, with a remedy; empty if it is served.
         """
         found = []
         for shard, view in enumerate(self.shards):

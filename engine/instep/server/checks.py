@@ -205,7 +205,7 @@ def _file_limits() -> tuple[int, int]:
 
 
 def _shards(config: Config, shards: int, copies: int) -> Iterator[Finding]:
-    """What does not fit this number of shards; nothing else can be checked then."""
+    """Check that endpoint and folder fit this number of shards. If they do not, nothing else can be checked."""
     endpoint, http, folder = config.transport.endpoint, config.http.endpoint, config.recording.file
     recorded = 0 if folder is None else shards_in(folder)
     if folder is not None and (copies or recorded == 1 < shards) and any(folder.glob(f"*{SUFFIX}")):
