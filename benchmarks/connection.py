@@ -1,7 +1,7 @@
 """A bare producer's connection: a DEALER that speaks the protocol and does nothing else.
 
 The client library resends, resumes, keeps windows and checks replies. All of that costs CPU time that is not the
-engine's, so the engine is measured without it; `instep-client loadtest` measures with it.
+engine's, so the engine is measured without it; `instep loadtest` measures with it.
 """
 
 from __future__ import annotations

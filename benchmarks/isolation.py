@@ -27,7 +27,7 @@ HEARTBEAT: Final = ("--set", "transport.heartbeat_s=0.5")
 """Short, so that the server gives the neighbour up within the phase in which it died."""
 PHASES: Final = {"alive": None, "killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 
-_COMMANDS: Final = (sys.executable, "-m", "instep_tools")
+_COMMANDS: Final = (sys.executable, "-m", "instep")
 _PRODUCE: Final = """
 import sys, time
 import numpy as np
@@ -70,7 +70,7 @@ def isolation(bench: Bench) -> list[Row]:
 
 
 def _phase(endpoint: str, names: Iterator[str], sent: signal.Signals | None, warm_up_s: float) -> float:
-    """The p99, in milliseconds, of `instep-client loadtest` next to a neighbour that may get a signal meanwhile."""
+    """The p99, in milliseconds, of `instep loadtest` next to a neighbour that may get a signal meanwhile."""
     seconds = warm_up_s * LONGER
     load = [
         *(*_COMMANDS, "loadtest", "--endpoint", endpoint, "--json", "--rate", str(RATE_HZ)),

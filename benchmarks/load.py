@@ -1,6 +1,6 @@
 """The load generator: the same loops drive the engine and the bare echo that it is compared with.
 
-`instep-client loadtest` generates load through the client library, so its figures contain the library's work. These
+`instep loadtest` generates load through the client library, so its figures contain the library's work. These
 loops add as little as Python allows. They check only what every answer says of itself; `reference.py` compares the
 outputs afterwards, outside of what is timed.
 """

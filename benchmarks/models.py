@@ -145,7 +145,7 @@ async def _reload(endpoint: str, pid: int) -> None:
 
 def _rates(endpoint: str, names: list[str], seconds: float) -> list[float]:
     """Frames per second of a load for each of these models, all at the same time."""
-    load = [sys.executable, "-m", "instep_tools", "loadtest", "--endpoint", endpoint, "--json"]
+    load = [sys.executable, "-m", "instep", "loadtest", "--endpoint", endpoint, "--json"]
     load += ["--streams", str(LOAD_STREAMS), "--block", str(LOAD_STREAMS // 2)]
     load += ["--warmup", str(min(seconds, 1.0)), "--duration", str(max(seconds, SHORTEST_S))]
     running = [

@@ -1,4 +1,4 @@
-"""The cost of being watched by a scraper, a dashboard and `instep-client top`, and of listing very many streams."""
+"""The cost of being watched by a scraper, a dashboard and `instep top`, and of listing very many streams."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ HTTP: Final = ("--http", "127.0.0.1:0")
 TABLE: Final = "/api/streams?limit=50"
 """The requests that an open page of the dashboard makes every two seconds."""
 SETTLING: Final = 2.0
-"""Times the length of a round: after about 3 s `instep-client top` has started, at more cost than that of its work."""
+"""Times the length of a round: after about 3 s `instep top` has started, at more cost than that of its work."""
 
 
 # ── Watched ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -50,7 +50,7 @@ def watched(bench: Bench) -> list[Row]:
         one_stream = partial(measured, server.endpoint, model, lone, one_at_a_time(bench.seconds))
         url = str(server.started["http"])
         scraper = [[sys.executable, "-m", "benchmarks.watching", url]]
-        everything = [[*scraper[0], "page"], [sys.executable, "-m", "instep_tools", "top", "-e", server.endpoint]]
+        everything = [[*scraper[0], "page"], [sys.executable, "-m", "instep", "top", "-e", server.endpoint]]
 
         def beside(watchers: Sequence[Sequence[str]], load: Callable[[], float]) -> float:
             with _running(watchers, bench.seconds * SETTLING):
@@ -67,7 +67,7 @@ def watched(bench: Bench) -> list[Row]:
             },
         )
     what, alone = "frames/s of 1,024 streams in blocks", "blocks, frames/s"
-    all_of_it = "under a scraper, a dashboard and instep-client top, over that without"
+    all_of_it = "under a scraper, a dashboard and instep top, over that without"
     row = partial(compared, model=model.description, samples=samples)
     return [
         row("scraped-blocks", f"{what} under a scraper", of="blocks scraped, frames/s", over=alone, threshold=0.99),
@@ -99,7 +99,7 @@ def _running(commands: Sequence[Sequence[str]], settling_s: float) -> Iterator[N
         time.sleep(settling_s)
         yield
         if any(process.poll() is not None for process in watching):
-            raise NotServed("nobody watches: instep-client top or the reader of the HTTP endpoint has ended")
+            raise NotServed("nobody watches: instep top or the reader of the HTTP endpoint has ended")
     finally:
         for process in watching:
             process.terminate()

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from instep.cli import app
 from instep.models.folder import write_model
+from instep.program import app
 from instep_client import Client
 from tests.support.models import SMALL, whole
 from tests.support.networks import NETWORKS

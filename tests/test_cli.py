@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from instep.cli import app
 from instep.config import Config
 from instep.demo import MODEL_FOLDER
 from instep.models.errors import ModelError
+from instep.program import app
 from instep.recording.errors import RecordingError
 from instep.server.checks import CannotServe
 
@@ -147,7 +147,7 @@ class TestServe:
         assert server.calls == []
 
     def test_what_is_wrong_with_a_start_is_said_before_pytorch_is_loaded(self, tmp_path: Path) -> None:
-        script = "import sys; sys.modules['torch'] = None; from instep.cli import main; main()"
+        script = "import sys; sys.modules['torch'] = None; from instep.program import main; main()"
         elsewhere = ["--http", "127.0.0.1:0", "--set", f"http.token_file={tmp_path / 'token'}"]
         command = [sys.executable, "-c", script, "serve", "m", "--record", str(tmp_path / "no" / "x.instep")]
         free_port = ["--endpoint", "tcp://127.0.0.1:*", "--restart"]
@@ -193,12 +193,12 @@ class TestVerify:
         )
 
 
-class TestConfig:
+class TestSettings:
     def test_shows_every_value_and_where_it_came_from(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "c.yaml"
         file.write_text("engine: {max_batch_size: 2}\n")
         monkeypatch.setenv("INSTEP_LOG__LEVEL", "debug")
-        result = instep("config", "--config", str(file), "--set", "log.format=json")
+        result = instep("doctor", "--settings", "--config", str(file), "--set", "log.format=json")
         assert result.exit_code == 0, result.output
         rows = {tuple(line.split(maxsplit=2)) for line in result.stdout.splitlines()}
         assert rows >= {
@@ -211,14 +211,14 @@ class TestConfig:
         assert len(rows) == sum(len(section) for section in Config().model_dump().values())
 
     def test_as_json(self) -> None:
-        shown = json.loads(instep("config", "--json", "--set", "recording.file=/r").stdout)
+        shown = json.loads(instep("doctor", "--settings", "--json", "--set", "recording.file=/r").stdout)
         assert shown["recording.file"] == {"value": "/r", "source": "flag"}
         assert shown["transport.allow_plaintext"] == {"value": False, "source": "default"}
         assert shown["limits.max_idle_s"] == {"value": 3600.0, "source": "default"}
 
     def test_that_is_wrong_is_an_object_with_json(self) -> None:
-        result = instep("config", "--json", "--set", "log.level=loud")
-        sentence = instep("config", "--set", "log.level=loud").stderr
+        result = instep("doctor", "--settings", "--json", "--set", "log.level=loud")
+        sentence = instep("doctor", "--settings", "--set", "log.level=loud").stderr
         assert (result.exit_code, result.stderr) == (2, sentence)
         assert json.loads(result.stdout) == {"error": sentence.strip().removeprefix("error: ")}
 
@@ -230,10 +230,10 @@ def test_version() -> None:
 
 def test_help_is_light() -> None:
     """What makes `--help` slow is what it imports: that is asserted, not the time."""
-    heavy = ["torch", "numpy", "zmq", "pydantic", "yaml", "structlog", "matplotlib", "instep.config", "instep.models"]
+    heavy = ["torch", "numba", "yaml", "structlog", "matplotlib", "instep.config", "instep.models.model"]
     script = f"""
 import sys
-from instep.cli import app
+from instep.program import app
 app(["--help"], standalone_mode=False)
 print([name for name in {heavy} if name in sys.modules])
 """
@@ -244,7 +244,9 @@ print([name for name in {heavy} if name in sys.modules])
 def test_it_runs_as_a_module_and_as_a_program() -> None:
     program = Path(sys.executable).with_name("instep")
     for command in ([sys.executable, "-m", "instep"], [str(program)]):
-        result = subprocess.run([*command, "config", "--set", "a.b=1"], capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [*command, "doctor", "--settings", "--set", "a.b=1"], capture_output=True, text=True, check=False
+        )
         assert (result.returncode, result.stdout) == (2, "")
         assert result.stderr == "error: a.b (flag): there is no such key; configs/default.yaml lists every key\n"
 

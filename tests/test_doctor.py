@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from instep.cli import app
 from instep.memory import memory_limit, size
 from instep.models.folder import write_model
 from instep.models.network import PortableNetwork
+from instep.program import app
 from tests.support.models import SMALL
 from tests.support.threaded import ThreadedServer
 

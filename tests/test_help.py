@@ -11,10 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from instep.cli import app as engine_app
-from instep_tools.app import app as client_app
-
-PROGRAMS = {"instep": engine_app, "instep-client": client_app}
+from instep.program import app
 
 
 def commands_of(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -26,14 +23,12 @@ def commands_of(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[st
         yield from commands_of((*words, name), each)
 
 
-COMMANDS = [found for name, app in PROGRAMS.items() for found in commands_of((name,), typer.main.get_command(app))]
+COMMANDS = list(commands_of(("instep",), typer.main.get_command(app)))
 
 
 @pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[" ".join(words) for words, _ in COMMANDS])
 def test_help(words: tuple[str, ...], command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = CliRunner().invoke(
-        PROGRAMS[words[0]], [*words[1:], "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}
-    )
+    shown = CliRunner().invoke(app, [*words[1:], "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     assert shown.exit_code == 0
     assert max(map(len, shown.output.splitlines())) <= 80
     examples = [line.strip() for line in shown.output.partition(" Examples:")[2].splitlines() if line.strip()]

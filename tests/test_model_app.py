@@ -10,8 +10,8 @@ from rich.text import Text
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from instep.cli import app
 from instep.models import save_model
+from instep.program import app
 
 RUNNER = CliRunner(env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"})
 

@@ -1,4 +1,4 @@
-"""The base of both command lines: help with examples, shared options, and plain messages for invalid values."""
+"""The base of the command line: commands loaded when they are typed, help with examples, and plain messages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import math
 import os
 import re
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 
 import typer
@@ -37,21 +38,31 @@ _PLAIN: Final = {
 """Messages by pydantic's kinds of errors, which newer versions of typer raise."""
 
 
+FORMER: Final = {
+    "config": "doctor --settings",
+    "help": "--help",
+    "version": "--version",
+    "keys list": "streams list, or read transport.peers_file",
+    "recordings verify": "verify",
+}
+"""Commands by names that they had, or that others would give them."""
+
+
 class CommandLine(typer.Typer):
     """An application with the settings that all command lines share.
 
     `cls` is the class of the group, for a command line with its own errors.
     """
 
-    def __init__(self, *, help: str, cls: type[TyperGroup] | None = None, **settings: Any) -> None:
+    def __init__(self, *, help: str = "", cls: type[TyperGroup] | None = None, **settings: Any) -> None:
         super().__init__(
+            **{"add_completion": False, **settings},
             cls=cls or PlainCommands,
             help=help,
             no_args_is_help=True,
             rich_markup_mode="markdown",
             pretty_exceptions_enable=False,
             context_settings={"help_option_names": ["-h", "--help"]},
-            **settings,
         )
 
     def __call__(self, *args: Any, **settings: Any) -> Any:
@@ -80,8 +91,8 @@ class CommandLine(typer.Typer):
         """Register a coroutine function that talks to a server; its result is the exit status.
 
         It is called with the `Target`, the `Terminal`, the `Stop` and its own options. Its command also has --endpoint,
-        --model and --json; the keys are options of the program. A CommandProblem or an InstepError that it raises is
-        printed as one sentence.
+        --model and --json; the keys are options of the program, which `LazyCommands` accepts after a command, too. A
+        CommandProblem or an InstepError that it raises is printed as one sentence.
 
         With `drains`, the first Ctrl-C requests a stop, see `run_command`; otherwise it cancels the command. Without
         `names_model`, there is no --model.
@@ -89,13 +100,14 @@ class CommandLine(typer.Typer):
 
         def register(command: ServerCommand) -> ServerCommand:
             def run(endpoint: str, as_json: bool, model: str = "", **own: Any) -> None:
-                from instep_tools.connect import Target
+                from instep_tools.connect import Target, leave_warnings_out
                 from instep_tools.running import run_command
                 from instep_tools.terminal import Terminal
 
                 def begin(terminal: Terminal, stop: Stop) -> Awaitable[Exit]:
                     return command(Target(endpoint, model), terminal, stop, **own)
 
+                leave_warnings_out()
                 raise typer.Exit(run_command(begin, Terminal(as_json), drains=drains))
 
             own = list(inspect.signature(command, eval_str=True).parameters.values())[3:]
@@ -126,23 +138,26 @@ def typed_as(
     return run
 
 
-def add_root_options(app: CommandLine, *, keys: bool = False) -> None:
-    """Add the options that are written before a command: --version and, with `keys`, --key-file and --server-key."""
+def add_root_options(app: CommandLine) -> None:
+    """Add --version, and the options of a connection, which may be written before or after a command."""
 
     def show(wanted: bool) -> None:
         if wanted:
             from importlib.metadata import version
 
-            typer.echo(f"{app.info.name} {version('instep')}")
+            typer.echo(f"instep {version('instep')}")
             raise typer.Exit
 
-    def root(version: bool, **keys: str | None) -> None:
-        os.environ |= {f"INSTEP_{name.upper()}": value for name, value in keys.items() if value}  # for every client
+    def root(version: bool, **connection: str | None) -> None:
+        os.environ |= {f"INSTEP_{name.upper()}": value for name, value in connection.items() if value}
 
     version = typer.Option("--version", "-V", callback=show, is_eager=True, help="Print the version and exit.")
-    options = [parameter("version", False, Annotated[bool, version])]
-    if keys:
-        options += [parameter("key_file", None, KeyFile), parameter("server_key", None, ServerKey)]
+    options = [
+        parameter("version", False, Annotated[bool, version]),
+        parameter("endpoint", None, RootEndpoint),
+        parameter("key_file", None, KeyFile),
+        parameter("server_key", None, ServerKey),
+    ]
     app.callback()(typed_as(root, root, options))
 
 
@@ -190,11 +205,66 @@ class PlainCommands(TyperGroup):
             if ctx.parent is None:  # a group within a group has raised it as it was
                 error.message = in_plain_words(error)
             raise
-        except Exception as error:
-            name = getattr(error, "option_name", None)
-            if name in [each for param in self.params for each in param.opts]:
-                error.message = f"{name} goes before the command: {ctx.info_name} {name} …"  # type: ignore[attr-defined]
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that was typed, or say what its name is now."""
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:  # typer exports no class for it
+            now = FORMER.get(" ".join([*ctx.command_path.split()[1:], args[0]]))
+            if now is not None:
+                error.message = f"No such command {args[0]!r}; it is: instep {now}"  # type: ignore[attr-defined]
             raise
+
+
+class LazyCommands(PlainCommands):
+    """The commands of a program, each imported when it is typed or listed.
+
+    A subclass names their places: by topic, for the help, and by name, the module whose `app` has the command or is it.
+    """
+
+    topics: Mapping[str, Mapping[str, str]]
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = _LoadedCommands(self.topics)  # type: ignore[assignment]  # it is never changed
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The names, without loading a command."""
+        return list(self.commands)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the options before the command, and those of the keys wherever they are."""
+        before: list[str] = []
+        after = list(args)
+        for name in ("--key-file", "--server-key"):
+            for at, word in enumerate(after):
+                if word == name or word.startswith(f"{name}="):
+                    length = 2 if word == name else 1
+                    before += after[at : at + length]
+                    del after[at : at + length]
+                    break
+        return super().parse_args(ctx, [*before, *after])
+
+
+class _LoadedCommands(Mapping[str, Any]):
+    """Commands by name, imported when they are looked up."""
+
+    def __init__(self, topics: Mapping[str, Mapping[str, str]]) -> None:
+        self._places = {name: (topic, module) for topic, modules in topics.items() for name, module in modules.items()}
+
+    def __getitem__(self, name: str) -> Any:
+        topic, module = self._places[name]
+        found = typer.main.get_command(import_module(module).app)
+        found = getattr(found, "commands", {}).get(name, found)
+        found.name, found.rich_help_panel = name, topic
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _with_plain_flags(params: list[Any]) -> list[Any]:
@@ -232,6 +302,10 @@ def endpoint(text: str) -> str:
         raise typer.BadParameter(str(error)) from None
 
 
+def _root_endpoint(text: str | None) -> str | None:
+    return None if text is None else endpoint(text)
+
+
 def positive(value: float | None) -> float | None:
     """Check that a number may be a rate or a time.
 
@@ -254,6 +328,10 @@ Endpoint = Annotated[
         help="The server's endpoint, or those of several servers of a cluster, separated by commas.",
         show_default=True,
     ),
+]
+RootEndpoint = Annotated[
+    str | None,
+    typer.Option("--endpoint", "-e", callback=_root_endpoint, metavar="ADDRESS", help="The server's endpoint."),
 ]
 ModelName = Annotated[
     str,

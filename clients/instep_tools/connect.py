@@ -32,7 +32,7 @@ class Target(NamedTuple):
 
     def client(self, name: str, reconnect_s: float = RECONNECT_S) -> AsyncClient:
         """A client of the target, to be connected."""
-        return AsyncClient(self.endpoint, f"instep-client {name}", PATIENCE_S, reconnect_s, model=self.model)
+        return AsyncClient(self.endpoint, f"instep {name}", PATIENCE_S, reconnect_s, model=self.model)
 
 
 def leave_warnings_out() -> None:

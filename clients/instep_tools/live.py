@@ -38,7 +38,7 @@ def why_not_opened(refused: StreamRefused, is_own_name: bool = True) -> str:
     if refused.code is not Code.NAME_IN_USE:
         return str(refused)
     other = "choose another name with --name, or " if is_own_name else ""
-    close = f"instep-client streams close {shlex.quote(refused.stream)}"
+    close = f"instep streams close {shlex.quote(refused.stream)}"
     return f"{refused.code.name}: a stream {refused.stream!r} is open or parked: {other}close it with {close}"
 
 
@@ -173,7 +173,7 @@ async def read_lines(descriptor: int, stop: Stop) -> AsyncIterator[tuple[int, by
 
 async def _read_unless_stopped(descriptor: int, stop: Stop) -> bytes:
     # In a daemon thread, because a read from a terminal may never return.
-    read = begin_in_thread(partial(os.read, descriptor, CHUNK_BYTES), "instep-client-lines")
+    read = begin_in_thread(partial(os.read, descriptor, CHUNK_BYTES), "instep-lines")
     reading = asyncio.wrap_future(read)
     stopping = asyncio.ensure_future(stop.wait())
     await asyncio.wait((reading, stopping), return_when=asyncio.FIRST_COMPLETED)

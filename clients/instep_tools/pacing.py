@@ -31,7 +31,7 @@ class WallClock:
     """The machine's monotonic clock, for one event loop, as a context manager."""
 
     def __init__(self) -> None:
-        self._sleeper = ThreadPoolExecutor(1, "instep-client-clock")
+        self._sleeper = ThreadPoolExecutor(1, "instep-clock")
 
     def now(self) -> float:
         """Seconds of `time.monotonic`."""

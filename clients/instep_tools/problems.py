@@ -18,7 +18,7 @@ _TOKEN_BYTES: Final = 4
 
 
 class Exit(IntEnum):
-    """Exit statuses of `instep-client`."""
+    """Exit statuses of `instep`."""
 
     OK = 0
     FOUND_PROBLEMS = 1

@@ -1,4 +1,4 @@
-"""`instep-client produce`: sends lines or a file's frames live."""
+"""`instep produce`: sends lines or a file's frames live."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`instep-client replay`: sends recorded sequences again, at any speed, and compares outputs if requested."""
+"""`instep replay`: sends recorded sequences again, at any speed, and compares outputs if requested."""
 
 from __future__ import annotations
 

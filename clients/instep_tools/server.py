@@ -1,4 +1,4 @@
-"""`instep-client ping`, `models` and `stats`."""
+"""The commands `ping`, `models` and `stats`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Final
 
 from instep_client.protocol.errors import ConnectionFailed, Refused
 from instep_client.protocol.wire import Code, ServerInfo
+from instep_tools.command_line import CommandLine
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.terminal import Terminal
 from instep_tools.words import three_digits
+
+app: Final = CommandLine()
 
 ROUND_TRIPS: Final = 5
 """The round trips of a ping, of which the best counts; the first one warms up."""
@@ -23,6 +26,7 @@ _MEASURED: Final = ("_us_p50", "_us_p99", "batch_size_mean")
 """Suffixes of numbers that are 0 until something has been measured."""
 
 
+@app.server_command("ping", examples=["instep ping", "instep ping -e tcp://gpu-1:5757 --json"])
 async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     """Show whether the server is ready, its model, device and exactness, and the round trip.
 
@@ -68,6 +72,7 @@ async def ping(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     return Exit.OK if why is None else Exit.FOUND_PROBLEMS
 
 
+@app.server_command("models", examples=["instep models", "instep models --json"], names_model=False)
 async def models(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     """List the server's models; the first one is the default."""
     async with connected(target, "models", terminal, stop, reconnect_s=0.0) as client:
@@ -80,6 +85,7 @@ async def models(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     return Exit.OK
 
 
+@app.server_command("stats", examples=["instep stats", "instep stats --json"])
 async def stats(target: Target, terminal: Terminal, stop: Stop) -> Exit:
     """Show the counters and times of a model: streams, frames and batches.
 

@@ -1,4 +1,4 @@
-"""`instep-client state …`: read a stream's state, save it, and continue from it.
+"""`instep state …`: read a stream's state, save it, and continue from it.
 
 Reading and saving need no ownership and do not disturb the owner. When a command that has opened a stream ends, the
 server parks the stream.
@@ -37,7 +37,7 @@ FIRST_VALUES: Final = 3
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The stream; any client may own it.")]
 
 
-@app.server_command("read", examples=["instep-client state read mic-7"])
+@app.server_command("read", examples=["instep state read mic-7"])
 async def read(target: Target, terminal: Terminal, stop: Stop, name: Name) -> Exit:
     """Show the seq of a stream's next frame and its state. Its owner is not disturbed.
 
@@ -70,7 +70,7 @@ def state_lines(state: State, spec: StateSpec) -> list[str]:
     return lines
 
 
-@app.server_command("snapshot", examples=["instep-client state snapshot mic-7 --to mic-7.safetensors"])
+@app.server_command("snapshot", examples=["instep state snapshot mic-7 --to mic-7.safetensors"])
 async def snapshot(
     target: Target,
     terminal: Terminal,
@@ -91,7 +91,7 @@ async def snapshot(
     return Exit.OK
 
 
-@app.server_command("restore", examples=["instep-client state restore mic-7.safetensors --as mic-7-again"])
+@app.server_command("restore", examples=["instep state restore mic-7.safetensors --as mic-7-again"])
 async def restore(
     target: Target,
     terminal: Terminal,

@@ -1,4 +1,4 @@
-"""`instep-client streams …`: list, close and park the streams of a server."""
+"""`instep streams …`: list, close and park the streams of a server."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ Where = Annotated[
 Names = Annotated[list[str], typer.Argument(metavar="NAME", help="The streams.")]
 
 
-@app.server_command(
-    "list", examples=["instep-client streams list", "instep-client streams list --prefix mic- --place parked"]
-)
+@app.server_command("list", examples=["instep streams list", "instep streams list --prefix mic- --place parked"])
 async def show(
     target: Target,
     terminal: Terminal,
@@ -68,9 +66,7 @@ async def show(
     return Exit.OK
 
 
-@app.server_command(
-    "close", examples=["instep-client streams close mic-7", "instep-client streams close --place parked"]
-)
+@app.server_command("close", examples=["instep streams close mic-7", "instep streams close --place parked"])
 async def close(
     target: Target,
     terminal: Terminal,
@@ -86,7 +82,7 @@ async def close(
     return await _remove(target, terminal, stop, names, prefix, place, park=False)
 
 
-@app.server_command("park", examples=["instep-client streams park mic-7 mic-8"])
+@app.server_command("park", examples=["instep streams park mic-7 mic-8"])
 async def park(target: Target, terminal: Terminal, stop: Stop, names: Names) -> Exit:
     """Take streams from their clients by name; they wait to be resumed.
 

@@ -1,4 +1,4 @@
-"""`instep-client top`: shows a running server in the terminal."""
+"""`instep top`: shows a running server in the terminal."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ from instep_client.protocol.codes import Code
 from instep_client.protocol.errors import InstepError
 from instep_client.protocol.wire import ServerInfo, shard_of
 from instep_client.replies import ListedStream, ServedModel
+from instep_tools.command_line import CommandLine
 from instep_tools.connect import Target
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
 from instep_tools.terminal import Terminal
 from instep_tools.words import counted, printable, three_digits
+
+app: Final = CommandLine()
 
 SORTS: Final = ("rate", "name", "next seq", "pending", "idle")
 """The columns to sort by, largest first except for names."""
@@ -115,6 +118,7 @@ class ScreenView:
         }
 
 
+@app.server_command("top", examples=["instep top", "instep top -e tcp://gpu-1:5757 --model ears"])
 async def top(
     target: Target,
     terminal: Terminal,

@@ -8,7 +8,9 @@ import signal
 import sys
 
 from instep import interrupts
-from instep_tools import INTERRUPTED
+
+_CLIENT_PACKAGES = ("typer", "rich", "jinja2", "matplotlib", "pyarrow", "safetensors")
+"""The packages of the extra `cli`, which is what commands need that talk to a server."""
 
 
 def main() -> None:
@@ -17,21 +19,22 @@ def main() -> None:
     if sys.argv[1:2] == ["serve"]:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # it waits until the server can reload
     try:
-        from instep import cli
+        from instep import program
 
-        cli.main()
+        program.main()
     except SystemExit as end:
         if isinstance(end.code, int):
             _end_at_once(end.code)
         raise
     except KeyboardInterrupt:
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(128 + signal.SIGINT) from None
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package.startswith("instep"):  # a bug
             raise
-        sys.stderr.write(f"instep needs the package {package!r}, which is not installed: ")
-        sys.stderr.write('pip install "instep[engine]", or pip install -e ".[engine]" in a checkout\n')
+        extra = "cli" if package in _CLIENT_PACKAGES else "engine"
+        sys.stderr.write(f"this command needs the package {package!r}, which is not installed: ")
+        sys.stderr.write(f'pip install "instep[{extra}]", or pip install -e ".[{extra}]" in a checkout\n')
         raise SystemExit(2) from None
     finally:
         interrupts.stop_no_more()

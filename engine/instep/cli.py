@@ -1,4 +1,4 @@
-"""The command line. Commands import everything heavy themselves, so that `--help` appears immediately."""
+"""The engine's commands. They import everything heavy themselves, so that `--help` appears immediately."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import json as jsonlib
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -21,7 +21,7 @@ from instep.cluster.app import app as cluster_app
 from instep.model_app import app as model_app
 from instep.replay.app import recordings as recordings_app
 from instep.replay.app import replay_from
-from instep_tools.command_line import CommandLine, PlainCommands, add_root_options, typed_as
+from instep_tools.command_line import CommandLine, typed_as
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,35 +29,18 @@ if TYPE_CHECKING:
     from instep.config import Config, LogConfig
 
 
-class _EngineCommands(PlainCommands):
-    """Commands that end with a red sentence and an exit status after users' errors and signals."""
+_USERS_ERRORS: Final = {
+    "instep.config": "ConfigError",
+    "instep.models.errors": "ModelError",
+    "instep.recording.errors": "RecordingError",
+    "instep.replay.report": "CannotVerify",
+    "instep.server.checks": "CannotServe",
+    "instep_client.protocol.errors": "InstepError",
+    "instep_tools.problems": "CommandProblem",
+}
+"""The exceptions whose message is for the user, by module: one that was raised is of a module that is loaded."""
 
-    def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
-        as_json = "--json" in (sys.argv if args is None else args)
-        try:
-            os.getcwd()
-        except FileNotFoundError:  # torch cannot be loaded there; MKL ends the process with a misleading sentence
-            _fail("the working directory was deleted: change to one that exists", as_json=as_json)
-            raise SystemExit(2) from None
-        try:
-            return super().main(args, *others, **settings)
-        except interrupts.Stopped as stop:
-            _fail(str(stop), as_json=as_json)
-            raise
-        except Exception as error:
-            if not isinstance(error, _users_errors()):
-                raise
-            from instep.recording.errors import with_advice
-
-            _fail(with_advice(error), as_json=as_json)
-            raise SystemExit(2) from error
-
-
-app = CommandLine(
-    cls=_EngineCommands,
-    name="instep",
-    help="Serve recurrent networks to many live streams, record what was served, and verify it.",
-)
+app = CommandLine()
 app.add_typer(model_app, name="model")
 app.add_typer(recordings_app, name="recordings")
 app.add_typer(cluster_app, name="cluster")
@@ -369,7 +352,7 @@ def export(
 ) -> None:
     """Write a recording's frames and outputs as one table, for other tools.
 
-    `instep-client replay` and `produce` read every format. Exit status 0: the file was written. 2: nothing was written.
+    `instep replay` and `produce` read every format. Exit status 0: the file was written. 2: nothing was written.
     """
     from instep.export.command import Export, run
 
@@ -395,41 +378,39 @@ def demo(
 
 
 @app.command(
-    "config", examples=["instep config --config instep.yaml", "instep config --set engine.max_streams=100000 --json"]
+    "doctor",
+    examples=["instep doctor my-model", "instep doctor --config instep.yaml --json", "instep doctor --settings"],
 )
 @takes_settings
-def show_config(given: Given, *, json: Json = False) -> None:
-    """Show every setting that `instep serve` would use, and where its value came from."""
-    from instep.config import explain_config
-
-    loaded, sources = explain_config(given.file, given.flags)
-    values = {
-        f"{section}.{key}": value
-        for section, keys in loaded.model_dump(mode="json").items()
-        for key, value in keys.items()
-    }
-    if json:
-        shown = {path: {"value": value, "source": sources[path]} for path, value in values.items()}
-        typer.echo(jsonlib.dumps(shown, indent=2))
-        return
-    for path, value in values.items():
-        typer.echo(f"{path:<31} {jsonlib.dumps(value):<23} {sources[path]}")
-
-
-@app.command(
-    "doctor", examples=["instep doctor", "instep doctor --config instep.yaml --json", "instep doctor my-model"]
-)
-@takes_settings
-def doctor_command(given: Given, *, json: Json = False) -> None:
+def doctor_command(
+    given: Given,
+    *,
+    settings_shown: Annotated[
+        bool, typer.Option("--settings", help="Only show every setting, and where its value came from.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Diagnose this machine and configuration.
 
     Prints versions, machine, model and disk, and warnings with their cures. Takes the options of `instep serve`, and
     compiles the demo's model if none is named. Exit status 0: a server could start. 1: it could not.
     """
+    interrupts.raise_stopped()
+    if settings_shown:
+        from instep.config import explain_config
+
+        loaded, sources = explain_config(given.file, given.flags)
+        shown = {
+            (path := f"{section}.{key}"): {"value": value, "source": sources[path]}
+            for section, keys in loaded.model_dump(mode="json").items()
+            for key, value in keys.items()
+        }
+        lines = (f"{path:<31} {jsonlib.dumps(each['value']):<23} {each['source']}" for path, each in shown.items())
+        typer.echo(jsonlib.dumps(shown, indent=2) if json else "\n".join(lines))
+        return
     from instep.demo import MODEL_FOLDER
     from instep.doctor import doctor
 
-    interrupts.raise_stopped()
     raise typer.Exit(doctor(given.file, given.flags, MODEL_FOLDER, json, typer.echo))
 
 
@@ -474,12 +455,6 @@ app.command(
         "instep replay-from today.instep mic-7 --seq 1200 --as what-if",
     ],
 )(replay_from)
-add_root_options(app)
-
-
-def main() -> None:
-    """Run the command line and end the process with its exit status; called by `instep.__main__`."""
-    app(prog_name="instep")
 
 
 def _console(stderr: bool = False) -> Console:
@@ -488,23 +463,12 @@ def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr)
 
 
-def _fail(sentence: str, *, as_json: bool) -> None:
-    """Print the error in red on stderr, and as a JSON object on stdout with --json."""
-    from instep_tools.terminal import say
-
-    if as_json:
-        typer.echo(jsonlib.dumps({"error": sentence}))
-    with suppress(OSError):  # its terminal has closed
-        for line in sentence.splitlines():
-            say(_console(stderr=True), f"error: {line}", "red")
-
-
 @contextmanager
 def _logged(log: LogConfig | None) -> Iterator[None]:
     """If the block fails, also write the reason into a log that is a file or JSON."""
     try:
         yield
-    except _users_errors() as error:
+    except users_errors() as error:
         from instep.server.log import make_log
 
         if log is not None and (log.format == "json" or log.file is not None):
@@ -514,14 +478,6 @@ def _logged(log: LogConfig | None) -> Iterator[None]:
         raise
 
 
-def _users_errors() -> tuple[type[Exception], ...]:
-    """The exceptions whose message is for the user, imported only after one was raised."""
-    from instep.config import ConfigError
-    from instep.models.errors import ModelError
-    from instep.recording.errors import RecordingError
-    from instep.replay.report import CannotVerify
-    from instep.server.checks import CannotServe
-    from instep_client.protocol.errors import InstepError
-    from instep_tools.problems import CommandProblem
-
-    return CannotServe, CannotVerify, CommandProblem, ConfigError, InstepError, ModelError, RecordingError
+def users_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that are reported as a sentence, of the modules loaded so far."""
+    return tuple(getattr(sys.modules[module], name) for module, name in _USERS_ERRORS.items() if module in sys.modules)

@@ -76,4 +76,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
+        os.write(2, b"\n")  # behind the terminal's ^C
     os._exit(128 + number)

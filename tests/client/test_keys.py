@@ -114,6 +114,6 @@ async def test_a_command_takes_the_keys_before_its_name_or_from_variables(keys: 
     async with running(SMALL, transport=keys.transport) as server:
         typed = [*before, "ping", "-e", server.endpoint]
         done = await asyncio.to_thread(
-            WarmProcess, typed, program="instep_tools", env={**os.environ, **environment}, output=keys.folder / "said"
+            WarmProcess, typed, env={**os.environ, **environment}, output=keys.folder / "said"
         )
         assert await asyncio.to_thread(done.wait, 60) == 0, (keys.folder / "said").read_text()

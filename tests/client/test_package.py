@@ -24,7 +24,7 @@ def test_every_code_has_a_sentence() -> None:
 
 
 def test_it_imports_nothing_before_it_is_asked_to() -> None:
-    """Else `instep-client` could not be interrupted quietly while numpy and ZeroMQ are imported."""
+    """Else `instep` could not be interrupted quietly while numpy and ZeroMQ are imported."""
     script = """
 import sys
 import instep_client

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from instep.cli import app
 from instep.cluster.directory import Directory, DirectoryClient
 from instep.cluster.rules import ShardRole
 from instep.cluster.talk import Caller, Rejected
 from instep.config import load_config
+from instep.program import app
 from instep.server.checks import CannotServe
 from instep_client.key_files import read_client_keys
 from tests.support.keys import KeyRing

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from instep.cli import app
 from instep.cluster.ray import ProgramActor
 from instep.cluster.talk import Caller, NoAnswer
 from instep.config import Config
+from instep.program import app
 from instep_client import AsyncClient
 from tests.cluster.cluster import ClusterLoad
 from tests.cluster.ray_cluster import RayCluster

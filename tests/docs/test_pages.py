@@ -25,7 +25,7 @@ TYPED = {
     for language, block in BLOCK.findall(text)
     if language in ("bash", "sh")
     for words in commands(block)
-    if words[0] in ("instep", "instep-client")
+    if words[0] == "instep"
 }
 
 

@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from instep.cli import app
 from instep.export.command import Export, run
+from instep.program import app
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.reader import RecordingReader
 from instep_client import AsyncClient
@@ -181,7 +181,7 @@ def test_nothing_is_left_when_there_is_no_room(written: Written, format: Format)
 
 
 def test_torch_is_not_needed(written: Written) -> None:
-    script = "import sys; sys.modules['torch'] = None; from instep.cli import main; main()"
+    script = "import sys; sys.modules['torch'] = None; from instep.program import main; main()"
     command = [
         sys.executable,
         "-c",

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from typer.testing import CliRunner
 
-from instep.cli import app
+from instep.program import app
 from instep.recording import commands
 from instep.recording.errors import RecordingError, with_advice
 from instep.recording.writer import RecordingWriter

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from instep.cli import app
+from instep.program import app
 from instep.recording.writer import RecordingWriter
 from instep.replay.rendering import verify_page
 from instep.replay.report import Report, StreamReport

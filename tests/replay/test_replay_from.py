@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from instep.cli import app
 from instep.core.typing import F32
 from instep.models.folder import write_model
+from instep.program import app
 from instep.server.server import Server
 from instep_client import AsyncClient
 from tests.support.models import SEED_SIZED, SMALL, whole

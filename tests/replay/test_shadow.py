@@ -17,11 +17,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from instep.cli import app
 from instep.core.typing import F32
 from instep.interrupts import ENDINGS, end_at_once, raise_stopped
 from instep.models.folder import write_model
 from instep.models.model import Model
+from instep.program import app
 from instep.recording.trim import Retention
 from instep.replay.shadow import COMPARED, DIFFERS, NOT_COMPARED, Differences, Shadow, Shadowing, make_shadow, run
 from instep.server.server import Server

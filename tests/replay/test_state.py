@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
-from instep.cli import app
 from instep.core.typing import F32
 from instep.models.folder import load_model
 from instep.models.network import PortableNetwork
+from instep.program import app
 from instep.recording.reader import RecordingReader
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter

@@ -11,8 +11,8 @@ import zmq
 from typer.testing import CliRunner
 from zmq.auth import load_certificate
 
-from instep.cli import app
 from instep.config import TransportConfig
+from instep.program import app
 from instep.security.keys import ServerKeys, make_key_pair
 from instep.security.principals import Principals, Role
 from instep_client.key_files import MAX_FILE_BYTES, read_client_keys, read_key_pair, read_public_key

@@ -26,12 +26,12 @@ from instep.models.folder import write_model
 from instep.models.network import IN_WORDS
 from instep.models.portable.machine import host
 from instep.models.portable.self_check import check_arithmetic
+from instep.program import app
 from instep.recording.writer import RecordingWriter
 from instep.server import serve
 from instep.server.preparation import CannotServe, prepare
 from instep.server.services import effective_limits
 from instep_client import Client
-from instep_tools.app import app as client_app
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
 from tests.support.running import log_into
@@ -101,7 +101,7 @@ def test_the_log_says_what_it_waits_for_and_what_is_served_and_an_interrupt_ends
         assert lines["compiled"]["arithmetic"] == IN_WORDS
         assert lines["ready"]["exactness"] == "exact"
         assert lines["recording"] == {**lines["recording"], "file": str(recording), "durability": "commit"}
-        assert CliRunner().invoke(client_app, lines["serving"]["next"].split()[1:]).exit_code == 0
+        assert CliRunner().invoke(app, lines["serving"]["next"].split()[1:]).exit_code == 0
         ready = {"model": SMALL.name, "device": "cpu", "max_streams": 4096}
         assert lines["ready"] == {**lines["ready"], **ready}
         with Client(endpoint) as client:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from instep.cli import app
 from instep.core.typing import F32
 from instep.models.folder import write_model
+from instep.program import app
 from instep.recording.reader import RecordingReader
 from instep.server.models import UNDER_WAY
 from instep.server.server import Server

@@ -14,16 +14,16 @@ from functools import cache
 import torch
 from typer import main
 
-from instep.cli import app
 from instep.models.folder import make_model
 from instep.models.recurrent.description import DESCRIPTIONS
 from instep.models.registry import build, parse_description
+from instep.program import app
 from instep.runtime.stepper import Stepper
 from instep.streaming.warm_up import warm_up
 
 for module in (
     *("instep.export.command", "instep.server.serve", "instep.replay.shadow"),
-    *("instep.replay.command", "instep_client", "instep_tools.app", "pydantic.type_adapter"),
+    *("instep.replay.command", "instep_client", "instep_tools.sending", "pydantic.type_adapter"),
     "torch._dynamo",  # which the optimizers import, in 2 s
 ):
     importlib.import_module(module)

@@ -1,4 +1,4 @@
-"""Runs of `instep-client loadtest` against a fake server."""
+"""Runs of `instep loadtest` against a fake server."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
-from instep_tools.app import app
+from instep.program import app
 from instep_tools.connect import Target
 from instep_tools.load.app import LoadTest
 from instep_tools.load.plan import LoadPlan

@@ -1,4 +1,4 @@
-"""Runs of `instep-client produce` against a fake server."""
+"""Runs of `instep produce` against a fake server."""
 
 from __future__ import annotations
 

@@ -1,27 +1,20 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-import instep_tools
+from instep.program import app
 from instep_client.protocol.wire import Code, Kind
-from instep_tools.app import app
 from tests.support.fake_server import INFO, FakeServer, error, fake_shards, reference
-
-MAIN = "from instep_tools import main; main()"
 
 
 @pytest.fixture
@@ -92,7 +85,7 @@ def test_produce(tmp_path: Path) -> None:
 
 
 def test_produce_reads_standard_input_and_names_bad_lines(server: FakeServer) -> None:
-    command = [sys.executable, "-c", MAIN, "produce", "-", "--named", "--endpoint", server.endpoint]
+    command = [sys.executable, "-m", "instep", "produce", "-", "--named", "--endpoint", server.endpoint]
     typed = "a 1 2 3\nb 1 2\na 4 5 6\n"
     done = subprocess.run(command, input=typed, capture_output=True, text=True, check=False, timeout=100)
     assert done.stdout.splitlines() == ["stream,seq,y0,y1", "a,0,6.0,7.0", "a,1,18.0,19.0"]
@@ -124,46 +117,9 @@ def test_what_cannot_be_typed(arguments: list[str], said: str) -> None:
     assert said in result.stderr
 
 
-def test_version() -> None:
-    for typed in ("--version", "-V"):
-        assert run(typed).stdout == f"instep-client {version('instep')}\n"
-
-
 @pytest.mark.parametrize("command", ["ping", "stats", "loadtest"])
 def test_nobody_answers(command: str) -> None:
     result = run(command, "--endpoint", "tcp://127.0.0.1:1")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("error: nothing listens at tcp://127.0.0.1:1: ")
     assert len(result.stderr.splitlines()) == 1
-
-
-@pytest.fixture
-def handler_kept() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_until_it_handles_them_interrupts_end_it_and_a_terminals_line() -> None:
-    script = "import os, signal\nimport instep_tools\nsignal.signal(2, instep_tools.end_quietly)\n"
-    terminal, program = pty.openpty()
-    with os.fdopen(terminal, "rb", buffering=0) as screen, os.fdopen(program, "wb") as stderr:
-        command = [sys.executable, "-c", script + "os.kill(os.getpid(), 2)"]
-        assert subprocess.run(command, stderr=stderr, check=False).returncode == 130
-        assert screen.read(10) == b"\r\n"
-
-
-@pytest.mark.usefixtures("handler_kept")
-@pytest.mark.parametrize("package", ["typer", "rich"])
-def test_without_the_extra_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
-) -> None:
-    for name in [name for name in sys.modules if name.startswith("instep_tools.") or name.split(".")[0] == package]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit) as end:
-        instep_tools.main()
-    assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert package in said
-    assert 'pip install "instep[cli]"' in said

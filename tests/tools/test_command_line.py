@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
-from instep_tools.app import app
-from instep_tools.command_line import in_plain_words
+from instep.program import app
+from instep_tools.command_line import FORMER, in_plain_words
 
 
 class Checked(ValueError):
@@ -44,11 +44,37 @@ def test_with_json_what_cannot_be_run_is_the_result_too(typed: str) -> None:
     assert in_json.stderr == in_words.stderr
 
 
-def test_a_command_does_not_take_what_goes_before_it() -> None:
-    typed = CliRunner().invoke(app, ["state", "read", "mic-7", "--key-file=x", "--json"])
-    assert (typed.exit_code, "--key-file" in json.loads(typed.stdout)["error"]) == (2, True)
-    helped = CliRunner().invoke(app, ["ping", "--help"])
-    assert "key" not in helped.stdout
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "--key-file {key} --server-key x ping",
+        "ping --server-key=x --key-file {key}",
+        "state read mic-7 --key-file={key} --json --server-key x",
+    ],
+)
+def test_keys_are_given_before_or_after_a_command(typed: str, tmp_path: Path) -> None:
+    result = run(typed.format(key=tmp_path / "missing.key_secret"))
+    assert result.exit_code == 2
+    assert "cannot be read" in result.stderr
+
+
+def test_an_endpoint_may_be_given_before_a_command() -> None:
+    before, after = (run(typed) for typed in ("-e tcp://127.0.0.1:1 ping", "ping -e tcp://127.0.0.1:1"))
+    assert (before.exit_code, before.stderr) == (2, after.stderr)
+    assert "tcp://127.0.0.1:1" in after.stderr
+
+
+def run(typed: str) -> Result:
+    """Run a command whose options set variables, which the runner takes back."""
+    kept = dict.fromkeys(("INSTEP_ENDPOINT", "INSTEP_KEY_FILE", "INSTEP_SERVER_KEY"))
+    return CliRunner(env=kept).invoke(app, typed.split())
+
+
+@pytest.mark.parametrize("former", FORMER)
+def test_a_former_name_is_answered_with_the_present_one(former: str) -> None:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, former.split())
+    assert result.exit_code == 2
+    assert f"instep {FORMER[former]}" in result.stderr
 
 
 def test_a_program_looks_for_json_in_its_own_arguments(
@@ -61,26 +87,19 @@ def test_a_program_looks_for_json_in_its_own_arguments(
     assert "--colour" in json.loads(capsys.readouterr().out)["error"]
 
 
-@pytest.mark.parametrize(
-    ("program", "begun", "completed"), [("instep", "ser", "serve"), ("instep-client", "prod", "produce")]
-)
-def test_a_shell_completes_commands(program: str, begun: str, completed: str) -> None:
-    asked = {
-        f"_{program.upper().replace('-', '_')}_COMPLETE": "complete_bash",
-        "COMP_WORDS": f"{program} {begun}",
-        "COMP_CWORD": "1",
-    }
-    script = Path(sys.executable).parent / program
+def test_a_shell_completes_commands() -> None:
+    asked = {"_INSTEP_COMPLETE": "complete_bash", "COMP_WORDS": "instep ser", "COMP_CWORD": "1"}
+    script = Path(sys.executable).parent / "instep"
     result = subprocess.run([script], env={**os.environ, **asked}, capture_output=True, text=True, check=True)
-    assert result.stdout.split() == [completed]
+    assert result.stdout.split() == ["serve"]
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        "instep config",
+        "instep doctor --settings",
         "instep recordings info missing --json",
-        "instep_tools produce --help",
+        "instep top --help",
     ],
 )
 def test_output_that_nobody_reads_ends_a_command_quietly(command: str) -> None:

@@ -111,5 +111,5 @@ async def test_a_name_in_use_is_answered_with_what_helps_on_the_command_line(lin
     except CommandProblem as problem:
         said = str(problem)
     assert "--name" in said
-    (closing,) = re.findall(r"instep-client (streams close '.+s')", said)
+    (closing,) = re.findall(r"instep (streams close '.+s')", said)
     assert shlex.split(closing) == ["streams", "close", "it's"]

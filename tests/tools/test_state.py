@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
+from instep.program import app
 from instep_client import Client, StreamSnapshot
 from instep_client.protocol.wire import Kind
-from instep_tools.app import app
 from tests.support.fake_server import RING_INFO, FakeRules, FakeServer, Message, reference
 from tests.support.session_link import X
 

@@ -1,4 +1,4 @@
-"""`instep-client top`: what it learns of a real server, what it draws, and the terminal as it was at the end."""
+"""`instep top`: what it learns of a real server, what it draws, and the terminal as it was at the end."""
 
 from __future__ import annotations
 

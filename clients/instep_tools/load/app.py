@@ -1,4 +1,4 @@
-"""`instep-client loadtest`: its options, one load measured, or the largest one within a service level."""
+"""`instep loadtest`: its options, one load measured, or the largest one within a service level."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.text import Text
 
 from instep_client.protocol.wire import ServerInfo
-from instep_tools.command_line import positive
+from instep_tools.command_line import CommandLine, positive
 from instep_tools.connect import Target, connected
 from instep_tools.load.plan import REAL_TIME_RATE_HZ, LoadPlan, split
 from instep_tools.load.processes import run_parts
@@ -24,14 +24,19 @@ from instep_tools.problems import BadFile, CommandProblem, Exit
 from instep_tools.terminal import Terminal, progress
 from instep_tools.words import counted
 
-EXAMPLES: Final = (
-    "instep-client loadtest --streams 1024 --block 256",
-    "instep-client loadtest --streams 64 --rate 50 --report load.html",
-    "instep-client loadtest --slo-ms 20 --rate 50 --processes 2",
-)
+app: Final = CommandLine()
 _STYLES: Final = {"met": "green", "not met": "red", "invalid": "yellow"}
 
 
+@app.server_command(
+    "loadtest",
+    drains=True,
+    examples=[
+        "instep loadtest --streams 1024 --block 256",
+        "instep loadtest --streams 64 --rate 50 --report load.html",
+        "instep loadtest --slo-ms 20 --rate 50 --processes 2",
+    ],
+)
 async def loadtest(
     target: Target,
     terminal: Terminal,

@@ -57,12 +57,12 @@ def load_page(
     server = Facts({"endpoint": endpoint, **{name: str(value) for name, value in server_as_json(info).items()}})
     load = (plan if best is None else best.plan).sentence()
     return Page(
-        program="instep-client loadtest",
+        program="instep loadtest",
         title=f"{info.model}: {load}",
         verdict=_verdict(best, search, ending),
         summary=f"{sentence[:1].upper()}{sentence[1:]}.",
         sections=[*sections, PageSection("Server", [server])],
-        conditions={"command": typed_command("instep-client"), "load": load},
+        conditions={"command": typed_command("instep"), "load": load},
     )
 
 

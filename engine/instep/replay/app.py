@@ -118,7 +118,7 @@ def state(
 ) -> None:
     """Compute the exact state of a recorded stream before any of its frames.
 
-    The frames since the newest recorded state are stepped again. `instep-client state restore` opens a stream with the
+    The frames since the newest recorded state are stepped again. `instep state restore` opens a stream with the
     file of --out. Exit status 0: done. 2: the exact state cannot be computed, and the message gives the reason.
     """
     from instep.replay.recorded_state import show_state

@@ -466,4 +466,4 @@ def _say_what_is_served(server: Server, prepared: Sequence[Prepared], log: struc
     if (key_file := server.config.transport.key_file) is not None:
         keys = {"keys": "on", "peers": len(server.used())}
         asks = f"--key-file NAME.key_secret --server-key {shlex.quote(str(key_file.with_suffix('.key')))} {asks}"
-    log.info("serving", endpoint=server.endpoint, **admin, **keys, next=f"instep-client {asks}")
+    log.info("serving", endpoint=server.endpoint, **admin, **keys, next=f"instep {asks}")

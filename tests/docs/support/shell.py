@@ -15,8 +15,7 @@ from types import TracebackType
 
 from typer.testing import CliRunner
 
-from instep.cli import app
-from instep_tools.app import app as client_app
+from instep.program import app
 from tests.support.warm import WarmProcess, run_instep, run_program
 
 SCRIPTS = Path(sys.executable).parent
@@ -32,8 +31,6 @@ def run(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run a command of this environment to its end; our own, and programs, find what they need imported."""
     if command[0] == "instep":
         return run_instep(command[1:], cwd)
-    if command[0] == "instep-client":
-        return run_program("instep_tools", cwd, *command[1:])
     if command[0] == "python" and command[1].endswith(".py"):
         return run_program(command[1], cwd)
     words = [str(SCRIPTS / command[0]), *command[1:]]
@@ -41,10 +38,10 @@ def run(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def assert_exists(words: Sequence[str]) -> None:
-    """Assert that a command of `instep` or `instep-client` exists, with each of its options."""
-    command_line = {"instep": app, "instep-client": client_app}[Path(words[0]).name]
+    """Assert that a command exists, with each of its options."""
+    assert Path(words[0]).name == "instep"
     path = [word for word in words[1:3] if re.fullmatch("[a-z]+(-[a-z]+)*", word)]
-    help_text = CliRunner(env={"COLUMNS": "200"}).invoke(command_line, [*path, "--help"])
+    help_text = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*path, "--help"])
     assert help_text.exit_code == 0, path
     for option in (word for word in words if word.startswith("--")):
         assert option in help_text.stdout

@@ -15,10 +15,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from instep.cli import app
 from instep.models.errors import ModelError
 from instep.models.folder import load_model
 from instep.models.registry import build, torch_network
+from instep.program import app
 from tests.support.running import CPU
 from tests.support.steps import FEATURES, exported, exported_folder
 

@@ -13,11 +13,11 @@ import yaml
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
-from instep.cli import app
 from instep.core.typing import F32
 from instep.models.errors import ModelError
 from instep.models.folder import load_model
 from instep.models.registry import build
+from instep.program import app
 from tests.support.onnx_graphs import (
     FLOAT,
     INT64,

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from instep.cli import app as engine_app
+from instep.program import app
 from instep.recording.schema import RESET_EVENT
 from instep.recording.writer import RecordingWriter
 from instep_client.protocol.wire import F32
-from instep_tools.app import app
 from instep_tools.formats.columns import output_columns
 from instep_tools.formats.read import read_sequences
 from instep_tools.formats.table import TableHeader, TableRows
@@ -83,7 +82,7 @@ def test_an_export_is_replayed_and_checked(
 ) -> None:
     path, again = tmp_path / f"e.{format}", tmp_path / f"again.{format}"
     frames = record(tmp_path / "r.instep", rng, with_states=with_states)
-    exported = CliRunner().invoke(engine_app, ["export", str(tmp_path / "r.instep"), "--output", str(path)])
+    exported = CliRunner().invoke(app, ["export", str(tmp_path / "r.instep"), "--output", str(path)])
     assert exported.exit_code == 0
     has_no_states = format == "csv" and with_states
     assert ("CSV does not hold the states" in exported.stdout) == has_no_states

@@ -1,4 +1,4 @@
-"""`instep-client loadtest` as a user sees it: what it prints, its page, its exit status."""
+"""`instep loadtest` as a user sees it: what it prints, its page, its exit status."""
 
 from __future__ import annotations
 
