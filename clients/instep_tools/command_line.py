@@ -43,6 +43,7 @@ FORMER: Final = {
     "help": "--help",
     "version": "--version",
     "keys list": "streams list, or read transport.peers_file",
+    "keys show": "keys new NAME; the public key is in NAME.key",
     "recordings verify": "verify",
 }
 """Commands by names that they had, or that others would give them."""

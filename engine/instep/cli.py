@@ -21,6 +21,7 @@ from instep.cluster.app import app as cluster_app
 from instep.model_app import app as model_app
 from instep.replay.app import recordings as recordings_app
 from instep.replay.app import replay_from
+from instep.security.app import app as keys_app
 from instep_tools.command_line import CommandLine, typed_as
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ app = CommandLine()
 app.add_typer(model_app, name="model")
 app.add_typer(recordings_app, name="recordings")
 app.add_typer(cluster_app, name="cluster")
-keys_app = CommandLine(help="Make and show the keys by which servers and clients know each other.")
 app.add_typer(keys_app, name="keys")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -412,40 +412,6 @@ def doctor_command(
     from instep.doctor import doctor
 
     raise typer.Exit(doctor(given.file, given.flags, MODEL_FOLDER, json, typer.echo))
-
-
-@keys_app.command("new", examples=["instep keys new server --server", "instep keys new mic-7 --output mic-7-keys"])
-def new_keys(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Whom the keys are for.")],
-    *,
-    server: Annotated[bool, typer.Option("--server", help="Print settings, not a line for peers.")] = False,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files.")] = Path("keys"),
-) -> None:
-    """Make a public key, NAME.key, and a secret one, NAME.key_secret.
-
-    Prints the line of the key for transport.peers_file. Exit status 0: both files were written. 2: nothing was written.
-    """
-    from instep.security.keys import make_key_pair
-
-    public, secret = make_key_pair(name, output)
-    _console(stderr=True).print(f"wrote {public}, and {secret}, which is to stay secret", soft_wrap=True)
-    show_key(secret if server else public)
-
-
-@keys_app.command("show", examples=["instep keys show keys/mic-7.key"])
-def show_key(file: Annotated[Path, typer.Argument(metavar="FILE", help="NAME.key or NAME.key_secret.")]) -> None:
-    """Print the line of a public key for transport.peers_file, or the settings of a server with a secret key.
-
-    The line is that of a producer that may use the streams NAME and NAME-*.
-    """
-    from instep_client.key_files import read_key_pair, read_public_key
-
-    if file.suffix == ".key_secret":
-        read_key_pair(file)
-        typer.echo(f"transport: {{key_file: {jsonlib.dumps(str(file.resolve()))}, peers_file: peers.yaml}}")
-        return
-    name = file.stem
-    typer.echo(f'"{name}": {{key: "{read_public_key(file)}", role: producer, streams: ["{name}", "{name}-*"]}}')
 
 
 app.command(

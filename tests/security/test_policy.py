@@ -49,6 +49,12 @@ def test_a_model_is_one_of_those_named() -> None:
     assert not allowed(principal(PRODUCER, models=frozenset({"ears"})), Verb.HELLO, "eyes")
 
 
+@pytest.mark.parametrize("streams", [(), ("",)])
+def test_patterns_of_nothing_match_nothing(streams: tuple[str, ...]) -> None:
+    nothing = Principal.model_construct(name="ann", key=KEY, role=PRODUCER, streams=streams, models=frozenset())
+    assert not any(allowed(nothing, verb, MIC) for verb in Verb)
+
+
 def test_a_foreign_name_is_looked_up_as_one_that_no_stream_has() -> None:
     names = looked_up(principal(PRODUCER, "mic-*"), Verb.RESUME, [MIC, OTHER, "imu-2"])
     assert names[0] == MIC

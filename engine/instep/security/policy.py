@@ -62,7 +62,7 @@ def allowed(principal: Principal, verb: Verb, *names: str) -> bool:
 
 @lru_cache(4096)
 def _compiled(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile("|".join(map(translate, patterns)))
+    return re.compile("|".join(map(translate, patterns)) or r"(?!)")  # an empty expression would match every name
 
 
 def allowed_to_see(principal: Principal, name: str) -> bool:

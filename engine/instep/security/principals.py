@@ -24,9 +24,12 @@ NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _FIELD: Final = re.compile(r"[a-z_]{1,20}|[0-9]{1,5}")
 _NAMES: Final = "a name has 1 to 64 letters, digits, dots, hyphens and underscores, in quotes if it has only digits"
+_EMPTY: Final = "it would allow nothing: name a pattern, or leave the key out to allow everything"
 _SENTENCES: Final = {
     "invalid_key": _NAMES,
     "string_pattern_mismatch": _NAMES,
+    "too_short": _EMPTY,
+    "string_too_short": _EMPTY,
     "model_type": "expected NAME: {key: …, role: …} for each peer",
 }
 """Sentences in place of those of pydantic, by its types of errors."""
@@ -59,7 +62,7 @@ class Quotas(Section):
 
 def _checked_key(key: str) -> str:
     if not is_key(key):
-        raise ValueError("expected a public key, 40 characters in quotes, as `instep keys show FILE` prints it")
+        raise ValueError("expected a public key, 40 characters in quotes, as `instep keys new NAME` prints it")
     return key
 
 
@@ -67,13 +70,16 @@ class _Default(Section):
     quotas: Quotas = Quotas()
 
 
+_Named = Annotated[str, Field(min_length=1)]
+
+
 class _Rights(_Default):
     key: Annotated[str, AfterValidator(_checked_key)]
     """The public key, in Z85."""
     role: Role
-    streams: Annotated[tuple[str, ...], BeforeValidator(_several)] = ("*",)
+    streams: Annotated[tuple[_Named, ...], Field(min_length=1), BeforeValidator(_several)] = ("*",)
     """Patterns of the names of streams, as `fnmatch` reads them."""
-    models: frozenset[str] | None = None
+    models: Annotated[frozenset[_Named], Field(min_length=1)] | None = None
     """The models that it may use; None for all."""
 
 
