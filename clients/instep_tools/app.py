@@ -19,9 +19,9 @@ TOPICS: Final = {
 }
 
 
-class _Commands(LazyCommands):
+class _ClientCommands(LazyCommands):
     topics = TOPICS
 
 
-app: Final = CommandLine(cls=_Commands, name="instep", help="Send frames to an instep server, and watch it.")
+app: Final = CommandLine(cls=_ClientCommands, name="instep", help="Send frames to an instep server, and watch it.")
 add_root_options(app)

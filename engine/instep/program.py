@@ -18,7 +18,7 @@ from instep_tools.command_line import CommandLine, LazyCommands, add_root_option
 _ENGINE: Final = "instep.cli"
 
 
-class Program(LazyCommands):
+class AllCommands(LazyCommands):
     """All commands. They end with a red sentence and an exit status after users' errors and signals."""
 
     topics: Mapping[str, Mapping[str, str]] = {
@@ -53,7 +53,7 @@ class Program(LazyCommands):
 
 
 app = CommandLine(
-    cls=Program,
+    cls=AllCommands,
     add_completion=True,
     name="instep",
     help="Serve recurrent networks to many live streams, record what was served, and verify it.",
