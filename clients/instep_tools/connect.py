@@ -13,7 +13,7 @@ from instep_client.protocol.errors import ClientClosed
 from instep_tools.pacing import LONGEST_NAP_S, Stop
 
 if TYPE_CHECKING:
-    from instep_tools.terminal import Terminal  # and rich, which processes of a load test do without
+    from instep_tools.terminal import Terminal  # it imports rich, which processes of a load test do not need
 
 PATIENCE_S: Final = 5.0
 """The time to wait for a silent server."""

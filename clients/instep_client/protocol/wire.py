@@ -511,8 +511,8 @@ def send_now(socket: zmq.Socket[bytes], frames: Sequence[bytes | memoryview]) ->
 def receive_now(socket: zmq.Socket[bytes]) -> list[bytes | memoryview]:
     """Return the frames of the next message, with only the header copied, or none if there is no message.
 
-    `Socket.recv_multipart` asks the socket after each frame whether there is more, which costs more than the frame;
-    frames know it. (Reading an empty socket raises, which costs three times as much as asking.)
+    `Socket.recv_multipart` queries RCVMORE after each frame, which costs more than receiving it; a `Frame` already
+    knows. (Reading an empty socket raises, which costs three times as much as asking.)
     """
     recv = socket.recv
     try:

@@ -70,7 +70,7 @@ def folder_of_sockets() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if os.getppid() != maker:  # it is the maker itself, or has lost it
+        if os.getppid() != maker:  # the maker itself, or a child whose parent, the maker, has ended
             shutil.rmtree(folder, ignore_errors=True)
 
 

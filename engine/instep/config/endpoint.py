@@ -6,7 +6,7 @@ import re
 from ipaddress import ip_address
 from typing import Final
 
-_LABEL: Final = "[A-Za-z0-9_-]{1,63}"  # of a longer or empty one Python's resolver raises UnicodeError
+_LABEL: Final = "[A-Za-z0-9_-]{1,63}"  # Python's resolver raises UnicodeError for others
 _HOST: Final = rf"{_LABEL}(?:\.{_LABEL})*\.?|\[[0-9A-Fa-f:.]+\]"
 _TCP: Final = re.compile(rf"tcp://(?P<host>\*|{_HOST}):(?P<port>\*|[0-9]{{1,5}})")
 _HTTP: Final = re.compile(rf"(?P<host>{_HOST}):(?P<port>[0-9]{{1,5}})")

@@ -155,7 +155,7 @@ def _from_file(file: Path) -> dict[str, Any]:
 
 def _from_environment() -> dict[str, Any]:
     found = _Environment(_Settings)()
-    for name in os.environ:  # of other sections, which pydantic-settings passes over
+    for name in os.environ:  # pydantic-settings ignores variables of unknown sections
         section, separator, key = name.removeprefix(_PREFIX).lower().partition("__")
         if name.startswith(_PREFIX) and separator and section not in Config.model_fields:
             found[section] = {key: os.environ[name]}
@@ -207,6 +207,6 @@ def _lines(found: ErrorDetails, sources: Mapping[str, str]) -> list[str]:
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
     key = name.rpartition(".")[2]
-    close = [each for each in known if each.rpartition(".")[2] == key]  # in another section
+    close = [each for each in known if each.rpartition(".")[2] == key]  # the same key of another section
     close = close or get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f"did you mean {close[0]}?" if close else "configs/default.yaml lists every key"

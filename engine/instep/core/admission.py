@@ -133,12 +133,14 @@ def _admit_column(
     if acked < 0 or acked > streams["step_seq"][slot]:
         columns["code"][column] = _ACK_AHEAD
         return np.int64(0)
+    # The rows of older frames hold newer ones by now, or are about to: their outputs cannot be sent again.
     oldest = max(streams["acked"][slot], next_seq - window)
     streams["acked"][slot] = max(streams["acked"][slot], acked)
     if seq < 0 or seq > next_seq:
         columns["code"][column] = _SEQ_GAP
         return np.int64(0)
     repeats = min(next_seq - seq, timesteps)
+    # A repeat is answered at once from the frame buffer, whose outputs are complete only when nothing is unanswered.
     if repeats > 0 and (streams["unanswered"][slot] > 0 or seq < oldest):
         columns["code"][column] = _SEQ_REPEATED
         return np.int64(0)

@@ -38,7 +38,7 @@ STREAM: Final = np.dtype(
         ("owner", "<i4"),  # the origin's number, or NO_OWNER
         ("unanswered", "<i4"),  # frames admitted and not yet answered
         ("next_ready", "<i4"),  # the stream behind this one in its origin's ready queue
-        ("first_generation", "<u4"),  # of the slot when the stream was opened; later ones up to now are fenced
+        ("first_generation", "<u4"),  # the slot's generation at open; handles from then up to now are fenced
         ("holds", "<u2"),  # operations that work on its state; it does not step meanwhile
         ("running", "u1"),  # it is in a run
         ("queued", "u1"),  # it is in a ready queue
@@ -79,7 +79,7 @@ MESSAGE: Final = np.dtype(
 
 COLUMN: Final = np.dtype(
     [
-        ("seq", "<i8"),  # of its first timestep
+        ("seq", "<i8"),  # the seq of its first timestep
         ("expected_seq", "<i8"),  # what the stream expects after the admitted frames; 0 where it is not the sender's
         ("slot", "<i4"),
         ("next", "<i4"),  # the next column of its message, or the next free column
@@ -93,7 +93,7 @@ COLUMN: Final = np.dtype(
 # Places in `Tables.counts`.
 PENDING_FRAMES: Final = 0  # admitted and not yet computed
 READY: Final = 1  # streams in ready queues
-READY_SINCE_NS: Final = 2  # when the first frame arrived of those that became ready since none was
+READY_SINCE_NS: Final = 2  # arrival time of the first frame since no stream was ready
 ROUND_TAIL: Final = 3  # the origin whose turn is last; the one behind it is next
 FREE_MESSAGE: Final = 4
 FREE_MESSAGES: Final = 5
@@ -104,8 +104,8 @@ WINDOW: Final = 9
 STRIDE: Final = 10
 MAX_PENDING: Final = 11
 CREDIT: Final = 12
-RECEIVED_FRAMES: Final = 13  # of all messages that were judged
-REPEATED_FRAMES: Final = 14  # of these, those that were applied before
+RECEIVED_FRAMES: Final = 13  # frames in all messages that were judged
+REPEATED_FRAMES: Final = 14  # received frames that had been applied before
 CREDIT_STALLS: Final = 15  # messages that left their origin no credit for another one of that size
 _COUNTS: Final = 16
 
@@ -117,10 +117,10 @@ WIDTH: Final = 2  # columns of all its messages
 MESSAGES: Final = 3
 FIRST_MESSAGE: Final = 4
 FIRST_COLUMN: Final = 5
-FIRST_VALUE: Final = 6  # of its outputs
+FIRST_VALUE: Final = 6  # the place of its outputs in `reply_y`
 FAILED: Final = 7  # columns with a code
-FRAMES: Final = 8  # that were to be computed
-ARRIVED_NS: Final = 9  # of its first message
+FRAMES: Final = 8  # frames that were to be computed
+ARRIVED_NS: Final = 9  # the arrival of its first message
 _FIELDS: Final = 10
 
 Packed: TypeAlias = tuple[Any, ...]

@@ -22,8 +22,8 @@ class WriterLock:
     """A lock that is held until `release` or the end of the process.
 
     There are two locks. The file `path` + `-lock` can be locked before the recording exists, and names the process that
-    holds it. `hold` also locks the recording itself, which works without the lock file and under every name of the
-    recording.
+    holds it. `hold` also locks the recording, so that a second writer is noticed even if the lock file was
+    removed, or the recording is opened through a link.
 
     Raises:
         RecordingError: when another process, or another writer in this one, holds it.

@@ -239,7 +239,7 @@ def _close_all_but(*kept: int) -> None:
     """Close every other file, because this process would keep sockets and files open that the server closes."""
     bounds = [-1, *sorted(kept), os.sysconf("SC_OPEN_MAX")]
     for last_kept, next_kept in pairwise(bounds):
-        if last_kept + 1 < next_kept:  # of an empty range Python 3.11 makes all there are
+        if last_kept + 1 < next_kept:  # Python 3.11 takes an empty range to mean all files
             os.closerange(last_kept + 1, next_kept)
 
 

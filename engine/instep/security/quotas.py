@@ -40,7 +40,7 @@ class Usage:
     """What one principal uses, on all of its connections; the checks raise a Refusal."""
 
     principal: Principal
-    """As it was read last: its quotas may have changed since it connected."""
+    """Its rights in the newest peers file, not those at HELLO."""
     number: int = 0
     """Its streams count towards this number; those of 0 are not counted."""
     counts: Callable[[], Counter[int]] = Counter

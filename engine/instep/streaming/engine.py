@@ -181,6 +181,7 @@ class Engine:
         ]
         messages = np.array(fields, np.int64).view(SENT_MESSAGE)
         columns = np.frombuffer(b"".join([each.columns for each in frames]), SENT_COLUMN)
+        # As bits: a repeated frame must have the same bits, and -0.0 == 0.0 as floats.
         x = np.frombuffer(b"".join([each.x for each in frames]), np.uint32)
         complete, partly_repeated, refused, unknown = admit(self.packed, messages, columns, x)
         if unknown:
@@ -242,6 +243,7 @@ class Engine:
         size, steps = begin_run(self.packed, most_streams, most_steps)
         if not size:
             return  # all of them are held
+        # Copies, because the next `begin_run` overwrites the tables while this run is under way.
         slots, rows = tables.run_slots[:size].copy(), tables.run_rows[: steps * size].reshape(steps, size).copy()
         lsns = self.journal.inputs(slots, rows)
         expected_ns = len(rows) * self._step_ns.get(size.bit_length(), 0)

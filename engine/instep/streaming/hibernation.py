@@ -358,7 +358,7 @@ class Hibernation(Mapping[str, Sleeper]):
         code = Code.TOO_MANY_STREAMS
         try:
             slots = put_into_memory(self._engine.tables, self._table, self._states.access, streams)
-        except Exception as error:  # of a device, whose state can be another later
+        except Exception as error:  # a device's failure may be gone at the next try
             self._engine.log_failure(error, len(streams))
             slots, code = np.zeros(0, np.int64), Code.STEP_FAILED
         refused.update((stream.name, code) for stream in streams[len(slots) :])

@@ -83,7 +83,7 @@ def bind(
 
 def _bind_unix(path: Path) -> socket.socket:
     try:
-        path.unlink(missing_ok=True)  # that of a server that was killed
+        path.unlink(missing_ok=True)  # left by a server that was killed
         return socket.create_server(str(path), family=socket.AF_UNIX, backlog=_BACKLOG)
     except OSError as error:
         advice = "let TMPDIR name another folder, or leave it out (--http off)"

@@ -140,7 +140,8 @@ class Guard:
         if is_of_health:
             return
         shown = _shown_token(headers.get("authorization", ""))
-        equal = [_are_equal(shown, token) for token in (self.tokens or {}).values()]  # as long for any of them
+        # All are compared, so that the time tells nothing.
+        equal = [_are_equal(shown, token) for token in (self.tokens or {}).values()]
         if self.tokens is not None and not any(equal):
             sentence = (
                 "this needs a token of http.token_file: send `Authorization: Bearer TOKEN`, or the password TOKEN"

@@ -68,13 +68,13 @@ class Router:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = self._context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.IPV6, int("[" in config.endpoint))
-        socket.setsockopt(zmq.LINGER, 1000)
+        socket.setsockopt(zmq.LINGER, 1000)  # so that GOODBYE and the last replies leave
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        socket.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)
+        socket.setsockopt(zmq.MAXMSGSIZE, config.max_message_bytes)  # of each part; MOST_PARTS bounds their number
         socket.setsockopt(zmq.SNDHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.HANDSHAKE_IVL, round(config.handshake_timeout_s * 1000))
-        socket.setsockopt(zmq.BACKLOG, 4096)
+        socket.setsockopt(zmq.BACKLOG, 4096)  # after a restart all clients connect at once
         self.authenticator: Authenticator | None = None
         if keys is not None:
             self.authenticator = Authenticator(socket, keys.secret, keys.principals, config.handshake_timeout_s)

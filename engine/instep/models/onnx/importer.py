@@ -233,7 +233,7 @@ class _GraphReader:
         """The tensor for values that do not depend on the frame or the state."""
         if values.dtype.name not in DTYPES:
             raise UnservedOperator(f"{name!r:.80} is {values.dtype}: convert the graph to float32")
-        name = name.replace("constant.", "constant_", 1)  # which is how `trace` calls its own
+        name = name.replace("constant.", "constant_", 1)  # `trace` names its own constants `constant.N`
         while self.constants.setdefault(name, values) is not values:
             name += "'"  # two branches may use one name
         return torch.tensor(values, device="meta") if self._given is None else self._given[name]
