@@ -49,7 +49,7 @@ def run(example: Example, folder: Path, console: Console) -> int:
     frames = sum(map(len, heard.received))
     console.print(f"{LISTENERS} listeners, {frames:,} frames one by one; {heard.exactness}")
     console.print(f"largest difference from the package's own outputs: {heard.difference:.1e}")
-    return verify(recording, model_folder=None, streams=[], json=False, console=console)
+    return verify([recording], None, [], console)
 
 
 if __name__ == "__main__":

@@ -182,15 +182,12 @@ class TestVerify:
     def test_hands_everything_on(self, verifier: Stub) -> None:
         verifier.answer = 1
         result = instep(
-            "verify", "r.instep", "--model", "m", *["--stream", "7", "--stream", "a"], "--json", "--report", "r.html"
+            "verify", "r.instep", "--folder", "m", *["--streams", "7", "--streams", "a"], "--json", "--report", "r.html"
         )
         assert result.exit_code == 1
         ((args, kwargs),) = verifier.calls
-        kwargs.pop("console")
-        assert (args, kwargs) == (
-            (Path("r.instep"),),
-            {"model_folder": Path("m"), "streams": ["7", "a"], "json": True, "page": Path("r.html")},
-        )
+        assert args[:3] == ([Path("r.instep")], Path("m"), ["7", "a"])
+        assert kwargs == {"json": True, "page": Path("r.html")}
 
 
 class TestSettings:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json as jsonlib
-import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,8 @@ from instep import interrupts
 from instep.cluster.app import DIRECTORY_ENDPOINT, DirectoryAt, OnEngine
 from instep.cluster.app import app as cluster_app
 from instep.model_app import app as model_app
+from instep.replay.app import ModelFolder, replay_from
 from instep.replay.app import recordings as recordings_app
-from instep.replay.app import replay_from
 from instep.security.app import app as keys_app
 from instep_tools.command_line import CommandLine, typed_as
 
@@ -50,7 +49,10 @@ app.add_typer(keys_app, name="keys")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Recording = Annotated[Path, typer.Argument(metavar="FILE", help="The recording.")]
 Streams = Annotated[
-    list[str], typer.Option(metavar="ID", help="Only the streams of this name or number; repeat for more.")
+    list[str],
+    typer.Option(
+        metavar="PATTERN", help="Only streams of this name, pattern (as in 'mic-*') or number; repeat for more."
+    ),
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", metavar="FILE", help="A YAML file; configs/default.yaml explains every key.")
@@ -291,51 +293,39 @@ def agent(
 @app.command(
     examples=[
         "instep verify today.instep",
-        "instep verify today.instep --model my-model --stream mic-7 --json",
-        "instep verify today.instep --report today.html",
+        "instep verify today.instep --folder my-model --streams 'mic-*' --json",
         "instep verify monday.instep tuesday.instep",
-        "instep verify /var/lib/instep",
+        "instep verify /var/lib/instep --report today.html",
     ]
 )
 def verify(
     recordings: Annotated[
         list[Path], typer.Argument(metavar="FILE|FOLDER", help="Recordings, or folders of recordings.")
     ],
-    model: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="The model's folder. Default: the recorded path.")
-    ] = None,
-    stream: Streams = [],  # noqa: B006
+    folder: ModelFolder = None,
+    streams: Streams = [],  # noqa: B006
     report: Annotated[
         Path | None,
         typer.Option("--report", metavar="FILE.html", help="Also write an HTML report."),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Replay a recording, on any machine, and compare every output bit for bit.
+    """Replay recordings, on any machine, and compare every output bit for bit.
 
-    Exit status 0: everything was checked and matched. 1: an output differs. 2: something could not be checked. Of
-    several recordings, each gets a line (with --json, an object), and the worst result decides the status. Recordings
-    without frames are skipped, unless all are empty.
+    Shows the streams that differ. Exit status 0: everything was checked and matched. 1: an output differs. 2: something
+    could not be checked. Of several recordings, each gets a line (with --json, an object) and a part of the report, and
+    the worst result decides the status. Recordings without frames are skipped, unless all are empty.
     """
-    several = len(recordings) > 1 or os.path.isdir(recordings[0])
-    if several and report is not None:
-        raise typer.BadParameter("it takes one recording: name one file", param_hint="--report")
-
-    options: dict[str, Any] = {"model_folder": model, "streams": stream, "json": json, "console": _console()}
-    interrupts.raise_stopped()
-    if several:
-        from instep.replay.command import run_all
-
-        raise typer.Exit(run_all(recordings, **options))
     from instep.replay.command import run
 
-    raise typer.Exit(run(recordings[0], page=report, **options))
+    interrupts.raise_stopped()
+    raise typer.Exit(run(recordings, folder, streams, _console(), json=json, page=report))
 
 
 @app.command(
     examples=[
         "instep export today.instep",
-        "instep export today.instep --output mic.csv --stream mic-7",
+        "instep export today.instep --output mics.csv --streams 'mic-*'",
     ]
 )
 def export(
@@ -348,7 +338,7 @@ def export(
             show_default=False,
         ),
     ] = None,
-    stream: Streams = [],  # noqa: B006
+    streams: Streams = [],  # noqa: B006
 ) -> None:
     """Write a recording's frames and outputs as one table, for other tools.
 
@@ -357,7 +347,7 @@ def export(
     from instep.export.command import Export, run
 
     interrupts.raise_stopped()
-    run(Export(recording, output, stream), _console())
+    run(Export(recording, output, streams), _console())
 
 
 @app.command(examples=["instep demo", "instep demo --keep"])

@@ -302,7 +302,7 @@ def test_both_are_verified(kit: Kit, tmp_path: Path) -> None:
     kit.holder.kill()
     for folder in (kit.one, kit.two):
         console = Console(file=io.StringIO())
-        assert run(folder / "b.instep", model_folder=model.folder, streams=[], json=False, console=console) == 0
+        assert run([folder / "b.instep"], model.folder, [], console) == 0
 
 
 def test_a_copy_never_has_what_its_server_has_not_committed(kit: Kit) -> None:

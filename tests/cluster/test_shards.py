@@ -113,8 +113,7 @@ def test_a_killed_shard_comes_back_with_its_streams_and_signals_and_numbers_are_
             assert [info.name for info in reader.streams()] == [names[shard]]
     from rich.console import Console
 
-    options: dict[str, Any] = {"model_folder": tmp_path / "model", "streams": [], "json": True, "console": Console()}
-    assert command.run_all([tmp_path / "recordings"], **options) == command.VERIFIED
+    assert command.run([tmp_path / "recordings"], tmp_path / "model", [], Console(), json=True) == command.VERIFIED
 
 
 def check_admin(cluster: Cluster) -> None:

@@ -124,7 +124,7 @@ def test_it_is_verified() -> None:
     assert (found["streams"], found["open_streams"], found["restarts"]) == (5, 4, 2)
     said = io.StringIO()
     console = Console(file=said, width=160)
-    assert run(GOLDEN, model_folder=MODEL_FOLDER, streams=[], json=False, console=console) == 0, said.getvalue()
+    assert run([GOLDEN], MODEL_FOLDER, [], console) == 0, said.getvalue()
 
 
 def test_an_engine_goes_on_with_it_to_the_bit(

@@ -94,11 +94,11 @@ async def test_a_report_says_that_the_reference_shares_the_graph_and_tampering_i
         await stream.step(rng.standard_normal((5, FEATURES)).astype(np.float32))
         await stream.close()
     console = Console(width=80, record=True, force_terminal=False)
-    assert command.run(file, model_folder=None, streams=[], json=False, console=console) == 0
+    assert command.run([file], None, [], console) == 0
     told = " ".join(console.export_text().split())
     assert "the float64 reference computes the graph in the model folder: a mistake in that does not show" in told
     capsys.readouterr()
-    assert command.run(file, model_folder=None, streams=[], json=True, console=console) == 0
+    assert command.run([file], None, [], console, json=True) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["reference"] == "same graph"
     model = exported("min_gru")

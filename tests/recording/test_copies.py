@@ -77,7 +77,7 @@ def checkpoints(path: Path) -> list[int]:
 
 def verified(path: Path, model: Path) -> bool:
     console = Console(file=io.StringIO(), width=200)
-    return run(path, model_folder=model, streams=[], json=False, console=console) == 0
+    return run([path], model, [], console) == 0
 
 
 def frames(path: Path) -> dict[tuple[int, int], bytes]:

@@ -45,6 +45,8 @@ def opened(*names: str) -> list[StreamInfo]:
         (["1"], [3]),
         (["4"], [3]),
         (["a", "3", "a"], [0, 2]),
+        (["[ab]"], [0, 1, 2]),
+        (["?", "4"], [0, 1, 2, 3]),
     ],
 )
 def test_names_come_before_numbers(wanted: list[str], found: list[int]) -> None:

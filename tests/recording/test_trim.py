@@ -131,7 +131,7 @@ def test_it_is_verified_from_the_states_that_are_left(tmp_path: Path) -> None:
 def verify(path: Path, folder: Path) -> tuple[int, str]:
     said = io.StringIO()
     console = Console(file=said, width=200)
-    return run(path, model_folder=folder, streams=[], json=False, console=console), said.getvalue()
+    return run([path], folder, [], console), said.getvalue()
 
 
 def test_a_restart_keeps_the_limit_and_one_without_it_keeps_the_rest(scribe: Scribe) -> None:

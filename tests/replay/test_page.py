@@ -78,6 +78,22 @@ def test_a_mismatch_is_on_top_with_what_was_expected_and_recorded(recorded: Reco
     assert page.table("stream", "name", "frames")[0]["verdict"] == "mismatch"
 
 
+def test_of_several_recordings_each_has_a_part(recorded: Recorded, tmp_path: Path) -> None:
+    folder = recorded.path.parent
+    forger = Forger(recorded.path, folder / "forged.rec")
+    forger.change("closings", forger.rows("closings")[0]["position"], frames=4)
+    (folder / "broken.instep").write_text("text")
+    result = verify(folder, "--report", tmp_path / "a.html")
+    page = read_page(tmp_path / "a.html")
+    assert (result.exit_code, page.verdict.lower()) == (1, result.stdout.splitlines()[-2])
+    results = [(Path(row["recording"]).name, row["result"].split(":")[0]) for row in page.table("recording", "result")]
+    assert sorted(results[:2]) == [("broken.instep", "Not checked"), ("forged.rec", "Not verified")]
+    assert results[2:] == [(recorded.path.name, "Verified")]
+    for file in (recorded.path, forger.path):
+        assert f"Streams of {file.name}" in page.text["h2"]
+    assert "Mismatches of forged.rec" in page.text["h2"]
+
+
 def test_names_are_hostile(tmp_path: Path) -> None:
     shape = record_gru(tmp_path, make_gru(), [1])
     writer = RecordingWriter.create(tmp_path / "hostile.rec", shape.header)
@@ -115,7 +131,7 @@ def test_the_page_of_many_streams_is_small_and_begins_with_the_worst(tmp_path: P
     ]
     worst = StreamReport(7, "mic-7", 9, 0, "mismatch", [f"problem {number}" for number in range(1000)])
     report = Report(tmp_path / "a", "m", "f", (*good, worst), True, (), 1.0)
-    write_page(tmp_path / "a.html", verify_page(report, {}))
+    write_page(tmp_path / "a.html", verify_page({report.file: report}, "", {}))
     page = read_page(tmp_path / "a.html")
     rows = page.table("stream", "name", "frames")
     assert len(rows) == MOST_ROWS

@@ -46,13 +46,18 @@ def test_where_the_user_says(recorded: Recorded, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("place", "sentence"),
-    [("", "its folder is not recorded"), ("/nowhere/model", "/nowhere/model"), ("a" * 300, "aaa"), ("a\0b", "--model")],
+    [
+        ("", "its folder is not recorded"),
+        ("/nowhere/model", "/nowhere/model"),
+        ("a" * 300, "aaa"),
+        ("a\0b", "--folder"),
+    ],
 )
 def test_a_model_that_is_not_there(recorded: Recorded, place: str, sentence: str) -> None:
     with pytest.raises(CannotVerify) as raised:
         recorded_model(changed(recorded.header, place), None)
     assert sentence in str(raised.value)
-    assert "--model" in str(raised.value)
+    assert "--folder" in str(raised.value)
 
 
 def test_a_description_that_is_none(recorded: Recorded) -> None:

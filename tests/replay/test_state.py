@@ -175,7 +175,7 @@ def test_what_is_not_recorded_is_refused_with_what_is(story: Story, tmp_path: Pa
         ((cut, "a", "--seq", "20"), "ask for a seq from 21 to 27"),
         ((tmp_path / "absent", "a"), "cannot read the recording"),
         ((story.path, "a", "--out", tmp_path / "there.safetensors"), "name another file with --out"),
-        ((story.path, "a", "--model", tmp_path), "the model cannot be loaded"),
+        ((story.path, "a", "--folder", tmp_path), "the model cannot be loaded"),
     ):
         result = run(*arguments)
         assert (result.exit_code, problem in " ".join(result.stderr.split())) == (2, True), result.output

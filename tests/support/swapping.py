@@ -82,5 +82,5 @@ def assert_each_verifies_with_its_version(recordings: Path, folder: Path) -> Non
     models = {"ears.instep": folder.with_name("old"), "ears@2.instep": folder}
     assert sorted(each.name for each in recordings.glob("*.instep")) == list(models)
     for name, model in models.items():
-        result = CliRunner().invoke(app, ["verify", str(recordings / name), "--model", str(model)])
+        result = CliRunner().invoke(app, ["verify", str(recordings / name), "--folder", str(model)])
         assert result.exit_code == 0, result.output

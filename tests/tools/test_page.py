@@ -62,7 +62,7 @@ def test_all_text_is_escaped_wherever_it_is(tmp_path: Path) -> None:
 
 
 def test_machine_versions_and_command_are_on_every_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/opt/bin/instep", "verify", "to day.instep", "--stream", "a'b"])
+    monkeypatch.setattr(sys, "argv", ["/opt/bin/instep", "verify", "to day.instep", "--streams", "a'b"])
     assert shlex.split(typed_command("instep")) == ["instep", *sys.argv[1:]]
     write_page(tmp_path / "a.html", page())
     found = read_page(tmp_path / "a.html")

@@ -107,7 +107,7 @@ def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
     if not keep:
         say(console, f"to see it on the dashboard, http://{HttpConfig().endpoint}: {program()} demo --keep")
     say(console, f"verifying the recording, as by: {program()} verify {shlex.quote(str(recording))}")
-    return verify(recording, model_folder=None, streams=[], json=False, console=console)
+    return verify([recording], None, [], console)
 
 
 async def _stream(endpoint: str, producers: list[Producer], connections: int, heard: Heard, console: Console) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import repeat
@@ -190,22 +192,37 @@ def changed_values(last: RecordingHeader, now: RecordingHeader) -> dict[str, Any
 
 
 def select_streams(streams: Sequence[StreamInfo], wanted: Sequence[str]) -> list[int]:
-    """Indices of the wanted streams in order: all if empty; a name selects all its openings, a number one.
+    """Indices of the wanted streams in order; all if `wanted` is empty.
+
+    A name selects all its openings, a number one, and any other word is a pattern of names, as `fnmatch` reads them.
 
     Raises:
-        NoSuchStream: when one does not exist; the message suggests similar names.
+        NoSuchStream: when there is none; the message suggests similar names.
     """
     if not wanted:
         return list(range(len(streams)))
-    by_word: dict[str, list[int]] = {}
-    for at, info in enumerate(streams):
-        by_word.setdefault(info.name, []).append(at)
-    for at, info in enumerate(streams):
-        by_word.setdefault(str(info.stream), [at])  # a number means its stream unless it is a name, too
-    for word in wanted:
-        if word not in by_word:
-            raise no_such_stream(streams, word)
-    return sorted({at for word in wanted for at in by_word[word]})
+    return sorted({at for word in wanted for at in _openings(streams, word, is_pattern=True)})
+
+
+def openings_of(streams: Sequence[StreamInfo], word: str) -> list[StreamInfo]:
+    """The openings of one stream by its name, or the one of this number.
+
+    Raises:
+        NoSuchStream: when there is none; the message suggests similar names.
+    """
+    return [streams[at] for at in _openings(streams, word, is_pattern=False)]
+
+
+def _openings(streams: Sequence[StreamInfo], word: str, *, is_pattern: bool) -> list[int]:
+    found = [at for at, info in enumerate(streams) if info.name == word]
+    # A number selects its stream, unless another stream has that name.
+    found = found or [at for at, info in enumerate(streams) if str(info.stream) == word]
+    if not found and is_pattern:
+        fits = re.compile(fnmatch.translate(word)).match
+        found = [at for at, info in enumerate(streams) if fits(info.name)]
+    if not found:
+        raise no_such_stream(streams, word)
+    return found
 
 
 def no_such_stream(streams: Sequence[StreamInfo], word: str) -> NoSuchStream:

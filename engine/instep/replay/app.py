@@ -21,7 +21,7 @@ Stream = Annotated[str, typer.Argument(metavar="STREAM", help="The stream's name
 ModelFolder = Annotated[
     Path | None,
     typer.Option(
-        "--model", metavar="FOLDER", help="The model's folder. Default: the recorded path.", show_default=False
+        "--folder", metavar="FOLDER", help="The model's folder. Default: the recorded path.", show_default=False
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]

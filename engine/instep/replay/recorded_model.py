@@ -35,7 +35,7 @@ def recorded_model(header: RecordingHeader, folder: Path | None) -> Model:
     if folder is None and (not header.model_folder or not os.path.exists(place)):  # Path's raises if it is too long
         raise CannotVerify(
             f"the recording was made with the model {header.model_name!r}, which is no longer there "
-            f"({header.model_folder or 'its folder is not recorded'}); name its folder with --model"
+            f"({header.model_folder or 'its folder is not recorded'}); name its folder with --folder"
         )
     try:
         model = load_model(place)
@@ -44,7 +44,7 @@ def recorded_model(header: RecordingHeader, folder: Path | None) -> Model:
     if model.fingerprint != header.model_fingerprint or model.description != description:
         raise CannotVerify(
             f"the model in {place} is not the one the recording was made with (fingerprint {model.fingerprint[:12]}… "
-            f"instead of {header.model_fingerprint[:12]}…); name the folder of that one with --model"
+            f"instead of {header.model_fingerprint[:12]}…); name the folder of that one with --folder"
         )
     return model
 

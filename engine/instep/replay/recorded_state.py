@@ -19,7 +19,7 @@ from instep.recording.commands import write_json
 from instep.recording.errors import RecordingError
 from instep.recording.portions import Portion, portions
 from instep.recording.reader import RecordingReader
-from instep.recording.records import RecordedEvent, StreamInfo, select_streams
+from instep.recording.records import RecordedEvent, StreamInfo, openings_of
 from instep.recording.schema import RESET_EVENT, RecordingHeader
 from instep.replay.recorded_model import recorded_model, recorded_network, why_not_bits
 from instep.replay.replay import LAST, Replay, StateTable, differ
@@ -93,8 +93,7 @@ class Past:
     """
 
     def __init__(self, reader: RecordingReader, model: Model, word: str) -> None:
-        infos = reader.streams()
-        self._openings = [infos[at] for at in select_streams(infos, [word])]
+        self._openings = openings_of(reader.streams(), word)
         self._word = word
         self._reader = reader
         self._notes = why_not_bits([engine.header for engine in reader.engines])

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Final, TypeAlias
 
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from instep.replay.report import WORST_FIRST, Report, StreamReport, Verdict
+from instep.replay.report import WORST_FIRST, NoFrames, Report, StreamReport, Verdict
 from instep_tools import page
 from instep_tools.machine import typed_command
 from instep_tools.terminal import say
 from instep_tools.words import counted
 
+Outcome: TypeAlias = Report | Exception
+"""The result for a recording, or the reason why there is none."""
 FIRST_STREAMS: Final = 20
-"""The number of streams shown even if they match."""
+"""The most streams that are shown."""
 HEADINGS: Final = ("stream", "name", "frames", "vs. torch", "vs. float64", "verdict")
 NUMBERS: Final = ("stream", "frames", "vs. torch", "vs. float64")
 """The headings of columns of numbers."""
-_STYLES: Final[dict[Verdict, str]] = {
-    "exact": "green",
-    "within tolerance": "yellow",
-    "not checked": "bold red",
-    "mismatch": "bold red",
-    "empty": "dim",
-}
 _TONES: Final[dict[Verdict, page.Tone]] = {
     "exact": "good",
     "within tolerance": "doubt",
@@ -35,12 +31,13 @@ _TONES: Final[dict[Verdict, page.Tone]] = {
     "mismatch": "bad",
     "empty": "",
 }
+_TONES_UP: Final[tuple[page.Tone, ...]] = ("", "good", "doubt", "bad")
 
 
 def render(report: Report, console: Console, *, briefly: bool = False) -> None:
-    """Print verdicts, problems and notes, with a summary as the last line.
+    """Print the streams that differ, problems and notes, with a summary as the last line.
 
-    With `briefly`, print one line with the file and the verdict, then problems and notes.
+    With `briefly`, print one line with the file and the summary, then problems and notes.
     """
     style = "bold green" if report.verified else "bold red"
     if briefly:
@@ -48,40 +45,64 @@ def render(report: Report, console: Console, *, briefly: bool = False) -> None:
         for text, colour in _problems(report):
             say(console, textwrap.indent(text, "  "), colour)
         return
-    console.print(_table(report), highlight=False)
+    if differing := [each for each in report.streams if each.verdict in ("mismatch", "not checked")]:
+        console.print(_table(report, differing), highlight=False)
     for text, colour in _problems(report):
         say(console, text, colour)
     say(console, report.checkers())
     say(console, report.summary(), style)
 
 
-def verify_page(report: Report, recording: Mapping[str, str]) -> page.Page:
-    """The HTML page, with facts about the recording as text."""
-    tone = _TONES[report.verdict] if report.verified else "bad"
-    return page.Page(
-        program="instep verify",
-        title=f"{report.file.name}, a recording of {report.model_name}",
-        verdict=page.Marked(f"{'verified' if report.verified else 'not verified'}: {report.verdict}", tone),
-        summary=f"{_sentence(report.summary())} {_sentence(report.checkers())}",
-        sections=list(_sections(report, recording)),
-        conditions={"command": typed_command("instep"), "checked in": f"{report.seconds:,.1f} s"},
-    )
+def verify_page(found: Mapping[Path, Outcome], summary: str, facts: Mapping[Path, Mapping[str, str]]) -> page.Page:
+    """The HTML page for some recordings, with a summary of all and facts about each that was checked."""
+    reports = [each for each in found.values() if isinstance(each, Report)]
+    if len(reports) == len(found) == 1:
+        (report,) = reports
+        title = f"{report.file.name}, a recording of {report.model_name}"
+        verdict = page.Marked(f"{'verified' if report.verified else 'not verified'}: {report.verdict}", _tone(report))
+        summary, sections = f"{_sentence(report.summary())} {_sentence(report.checkers())}", []
+    else:
+        title, worst = counted(len(found), "recording"), max(map(_tone, found.values()), key=_TONES_UP.index)
+        verdict, summary = page.Marked(summary, worst), ""
+        rows = sorted(map(_result, found, found.values()), key=lambda row: -_TONES_UP.index(row[1].tone))
+        table = page.Table(("recording", "result"), rows, rest="recordings, none of which is worse")
+        sections = [page.PageSection("Recordings", [table])]
+    for report in reports:
+        name = f" of {report.file.name}" if len(found) > 1 else ""
+        sections += _sections(report, facts.get(report.file, {}), name)
+    conditions = {"command": typed_command("instep"), "checked in": f"{sum(each.seconds for each in reports):,.1f} s"}
+    return page.Page("instep verify", title, verdict, summary, sections, conditions)
 
 
-def _table(report: Report) -> Table:
-    unusual = ("mismatch", "not checked")
-    shown = [each for at, each in enumerate(report.streams) if at < FIRST_STREAMS or each.verdict in unusual]
-    left_out = len(report.streams) - len(shown)
+def _result(file: Path, found: Outcome) -> tuple[str, page.Marked]:
+    if isinstance(found, Report):
+        return str(file), page.Marked(_sentence(found.summary()), _tone(found))
+    return str(file), page.Marked(_sentence(f"{failure_verdict(found)}: {found}"), _tone(found))
+
+
+def _tone(found: Outcome) -> page.Tone:
+    if isinstance(found, Report):
+        return _TONES[found.verdict] if found.verified else "bad"
+    return _TONES[failure_verdict(found)]
+
+
+def failure_verdict(found: Exception) -> Verdict:
+    """The verdict for a recording that was not checked, and for one without frames."""
+    return "empty" if isinstance(found, NoFrames) else "not checked"
+
+
+def _table(report: Report, streams: Sequence[StreamReport]) -> Table:
+    more = len(streams) - FIRST_STREAMS
     table = Table(
-        title=counted(len(report.streams), "stream"),
-        caption=f"and {left_out:,} more without a mismatch" if left_out else None,
+        title=f"{len(streams):,} of {counted(len(report.streams), 'stream')}",
+        caption=f"and {more:,} more" if more > 0 else None,
     )
     for heading in HEADINGS:
         justify: JustifyMethod = "right" if heading in NUMBERS else "left"
         folds = heading == "name"
         table.add_column(heading, justify=justify, no_wrap=not folds, overflow="fold" if folds else "ellipsis")
-    for stream in shown:
-        table.add_row(*map(Text, _cells(report, stream)), Text(stream.verdict, _STYLES[stream.verdict]))
+    for stream in streams[:FIRST_STREAMS]:
+        table.add_row(*map(Text, _cells(report, stream)), Text(stream.verdict, "bold red"))
     return table
 
 
@@ -130,7 +151,7 @@ def _remarks(report: Report) -> Iterator[str]:
         yield f"the recording was checked up to its last commit: {report.ending}"
 
 
-def _sections(report: Report, recording: Mapping[str, str]) -> Iterator[page.PageSection]:
+def _sections(report: Report, recording: Mapping[str, str], of: str) -> Iterator[page.PageSection]:
     problems = [
         (str(stream.stream), stream.name, _sentence(problem))
         for stream in report.streams
@@ -138,16 +159,16 @@ def _sections(report: Report, recording: Mapping[str, str]) -> Iterator[page.Pag
     ]
     if problems:
         yield page.PageSection(
-            "Mismatches", [page.Table(("stream", "name", "problem"), problems, ("stream",), "problems")]
+            f"Mismatches{of}", [page.Table(("stream", "name", "problem"), problems, ("stream",), "problems")]
         )
     if limits := [page.Marked(_sentence(remark), "doubt") for remark in _remarks(report)]:
-        yield page.PageSection("Limits of the verdict", limits)
+        yield page.PageSection(f"Limits of the verdict{of}", limits)
     worst_first = sorted(report.streams, key=lambda each: (WORST_FIRST.index(each.verdict), -each.max_error))
     rows: list[list[page.Cell]] = [
         [*_cells(report, stream), page.Marked(stream.verdict, _TONES[stream.verdict])] for stream in worst_first
     ]
-    yield page.PageSection("Streams", [page.Table(HEADINGS, rows, NUMBERS, "streams, none of which is worse")])
-    yield page.PageSection("Recording", [page.Facts(recording)])
+    yield page.PageSection(f"Streams{of}", [page.Table(HEADINGS, rows, NUMBERS, "streams, none of which is worse")])
+    yield page.PageSection(f"Recording{of and f' {report.file.name}'}", [page.Facts(recording)])
 
 
 def _sentence(text: str) -> str:

@@ -240,7 +240,7 @@ class LiveVerification:
     def _alarm(self, each: _Followed, wrong: WrongFrame) -> None:
         each.found.mismatch = wrong
         each.service.events.add("mismatch", wrong.stream, wrong.sentence, wrong.seq)
-        verify = f"instep verify {shlex.quote(str(each.service.file))} --stream {shlex.quote(wrong.stream)}"
+        verify = f"instep verify {shlex.quote(str(each.service.file))} --streams {shlex.quote(wrong.stream)}"
         each.service.log.error(
             "mismatch",
             stream=wrong.stream,
