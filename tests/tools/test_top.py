@@ -172,7 +172,7 @@ async def watching(endpoint: str) -> AsyncIterator[TerminalProgram]:
     for name in ("COLUMNS", "LINES", "NO_COLOR"):
         environment.pop(name, None)
     command = ["top", "--endpoint", endpoint, "--every", "0.2"]
-    running = TerminalProgram(WarmProcess(command, program="instep_tools", env=environment, output=program), terminal)
+    running = TerminalProgram(WarmProcess(command, env=environment, output=program), terminal)
     asyncio.get_running_loop().add_reader(terminal, running.read)
     try:
         yield running
