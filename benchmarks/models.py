@@ -42,7 +42,6 @@ def swap(bench: Bench) -> list[Row]:
     """A paced load while its model is swapped, by each policy, against the same load while nothing happens."""
     folder, seeds = _version(bench, "swapped", seed=1), cycle([2, 1])
     recordings, config = bench.folder / "recordings", bench.folder / "swap.yaml"
-    recordings.mkdir()
     config.write_text("{}")
     quiet = "quiet, p99 ms"
     with ChildServer(folder, ["--device", "cpu", "--record", str(recordings), "--config", str(config)]) as server:

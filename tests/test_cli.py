@@ -94,7 +94,7 @@ class TestServe:
             "transport": {**default["transport"], "endpoint": "tcp://127.0.0.1:1"},
             "http": {**default["http"], "endpoint": "127.0.0.1:0"},
             "limits": {**default["limits"], "max_connections": 9},
-            "recording": {**default["recording"], "file": tmp_path.resolve() / "r"},
+            "recording": {**default["recording"], "path": tmp_path.resolve() / "r"},
             "verify": {"live": True},
         }
 
@@ -208,8 +208,8 @@ class TestSettings:
         assert len(rows) == sum(len(section) for section in Config().model_dump().values())
 
     def test_as_json(self) -> None:
-        shown = json.loads(instep("doctor", "--settings", "--json", "--set", "recording.file=/r").stdout)
-        assert shown["recording.file"] == {"value": "/r", "source": "flag"}
+        shown = json.loads(instep("doctor", "--settings", "--json", "--set", "recording.path=/r").stdout)
+        assert shown["recording.path"] == {"value": "/r", "source": "flag"}
         assert shown["transport.allow_plaintext"] == {"value": False, "source": "default"}
         assert shown["limits.max_idle_s"] == {"value": 3600.0, "source": "default"}
 

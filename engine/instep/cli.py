@@ -90,9 +90,7 @@ def _given(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     record: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE", help="Write a recording, or continue it; a folder for several models.", show_default=False
-        ),
+        typer.Option(metavar="PATH", help="Where to record: a folder, or one file *.instep.", show_default=False),
     ] = None,
     verify_live: Annotated[
         bool, typer.Option("--verify-live", help="Check served outputs in another process.")
@@ -110,7 +108,7 @@ def _given(
         "transport.endpoint": endpoint,
         "http.endpoint": http,
         "engine.device": device,
-        "recording.file": record,
+        "recording.path": record,
         "verify.live": "true" if verify_live else None,
     }
     flags = {key: value for key, value in named.items() if value is not None}

@@ -19,6 +19,7 @@ from instep.models.errors import ModelError
 from instep.models.portable.machine import host
 from instep.runtime.executor import usable_cores
 from instep.server.checks import CannotServe, Finding, rehearse
+from instep.server.recording_files import nearest_folder
 from instep_tools.machine import machine
 
 _SYNCS: Final = 9
@@ -81,8 +82,7 @@ def _machine() -> dict[str, Any]:
 
 def _disk(config: Config, facts: dict[str, Any]) -> Iterator[Finding]:
     """Write and remove a small file next to the recording or, without one, in the working directory."""
-    file = config.recording.file
-    folder = Path.cwd() if file is None else file if os.path.isdir(file) else file.parent
+    folder = nearest_folder(config.recording.path or Path.cwd())
     times = []
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".instep-doctor-") as written:
@@ -95,7 +95,7 @@ def _disk(config: Config, facts: dict[str, Any]) -> Iterator[Finding]:
     except OSError:  # the check of the recording says what to do
         return
     facts["sync_ms"] = round(median(times), 3)
-    if facts["sync_ms"] > SLOW_SYNC_MS and file is not None:
+    if facts["sync_ms"] > SLOW_SYNC_MS and config.recording.path is not None:
         yield Finding(
             "warning",
             f"a sync of the disk takes {facts['sync_ms']:.0f} ms: with recording.durability fsync every answer waits "

@@ -41,7 +41,7 @@ class Victim:
     ) -> None:
         if model is not None:
             write_model(folder / "model", model)
-        self.recording = recording or folder / "recording.db"
+        self.recording = recording or folder / "recording.instep"
         self._held = _held_port()
         self.endpoint = f"tcp://127.0.0.1:{self._held.getsockname()[1]}"
         self._arguments = [

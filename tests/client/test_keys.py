@@ -69,7 +69,7 @@ def test_key_files_are_given_together_and_are_what_they_should_be(keys: KeyRing)
 async def test_it_reconnects_by_itself_and_no_frame_is_lost_when_the_server_is_restarted(
     keys: KeyRing, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    x, record = random_frames(rng, 40, 1)[:, 0], {"file": tmp_path / "rec.instep"}
+    x, record = random_frames(rng, 40, 1)[:, 0], {"path": tmp_path / "rec.instep"}
     async with running(SMALL, transport=keys.transport, recording=record) as server:
         endpoint = server.endpoint
         client = AsyncClient(endpoint, **keys.of_client("mic"))

@@ -183,7 +183,7 @@ def test_a_shard_that_cannot_begin_ends_all(arguments: list[str], tmp_path: Path
 
 def configured(endpoint: str, record: Path | None = None, http: str = "off", model: Path | None = None) -> Config:
     sections = {"model": {"folder": model}, "transport": {"endpoint": endpoint}, "http": {"endpoint": http}}
-    return Config.model_validate({**sections, "recording": {"file": record}})
+    return Config.model_validate({**sections, "recording": {"path": record}})
 
 
 def problems(config: Config, shards: int, copies: int = 0) -> list[str]:
@@ -224,7 +224,7 @@ def test_recordings_of_another_number_of_shards_are_refused(arguments: list[str]
     with pytest.raises(RecordingError, match=re.escape(str(folder / "shards"))):
         problems(config, 4)
     (tmp_path / "ears.instep").touch()
-    for wrong, reason in ((tmp_path / "ears.instep", "is not a folder"), (tmp_path, "has the recording of a server")):
+    for wrong, reason in ((tmp_path / "ears.instep", "is one file"), (tmp_path, "has the recording of a server")):
         (problem,) = problems(configured(f"ipc://{tmp_path}/s", wrong), 2)
         assert f"{wrong} {reason}" in problem
     assert problems(configured(f"ipc://{tmp_path}/s", tmp_path), 1) == []

@@ -52,7 +52,7 @@ def test_a_file_that_says_nothing_means_the_defaults(tmp_path: Path, text: str) 
         ("limits.max_idle_s", "1e-3", 0.001),
         ("transport.allow_plaintext", "true", True),
         ("http.endpoint", "off", None),
-        ("recording.file", "/123", Path("/123")),
+        ("recording.path", "/123", Path("/123")),
         ("log.level", "DEBUG", "debug"),
         ("engine.device", "cuda:127", "cuda:127"),
     ],
@@ -73,17 +73,21 @@ def test_paths_in_a_file_are_relative_to_it_and_others_to_the_current_folder(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.setenv("INSTEP_HTTP__TOKEN_FILE", "t")
-    file = written(tmp_path / "sub", {"model": {"folder": "../m"}, "recording": {"file": "/abs/r"}})
+    file = written(tmp_path / "sub", {"model": {"folder": "../m"}, "recording": {"path": "/abs/r"}})
     config, here = load_config(file, {"log.file": "~/l"}), tmp_path.resolve()
-    assert (config.model.folder, config.recording.file) == (here / "m", Path("/abs/r"))
+    assert (config.model.folder, config.recording.path) == (here / "m", Path("/abs/r"))
     assert (config.http.token_file, config.log.file) == (here / "t", Path("/home/somebody/l"))
 
 
-def test_a_folder_of_recordings_must_exist(tmp_path: Path) -> None:
-    flags = {"recording.file": f"{tmp_path}/recordings/"}
-    assert problems(None, flags) == ["recording.file (flag)"]
-    (tmp_path / "recordings").mkdir()
-    assert load_config(None, flags).recording.file == tmp_path / "recordings"
+def test_one_file_is_refused_where_several_recordings_would_be_needed() -> None:
+    assert problems(None, {"verify.live": "true"}) == ["verify.live (flag)"]
+    several, moves = {"model.folder": "[a, b]"}, {"model.on_reload": "move"}
+    assert problems(None, {"recording.path": "/r.instep", **several}) == ["recording.path (flag)"]
+    for policy in (moves, {"model.on_reload": "replay:9"}):
+        assert problems(None, {"recording.path": "/r.instep", **policy}) == ["model.on_reload (flag)"]
+    for path in ("/r", "/r/", "/r.db", "/r.instep/new"):
+        load_config(None, {"recording.path": path, **several, **moves})
+    load_config(None, {"recording.path": "/r.instep", "model.on_reload": "keep"})
 
 
 def test_models_are_listed_or_named_in_a_file_in_flags_and_in_the_environment(
@@ -137,6 +141,7 @@ def test_all_problems_are_reported_at_once_each_with_its_place(tmp_path: Path, m
         ("limits.max_idel_s", "limits.max_idle_s"),
         ("engine.max_idle_s", "limits.max_idle_s"),
         ("limits.max_streams", "engine.max_streams"),
+        ("recording.file", "recording.path"),
         ("xyzzy", "default.yaml"),
     ],
 )
@@ -155,7 +160,7 @@ def test_a_key_that_does_not_exist_is_answered_with_the_one_that_was_meant(path:
         ("transport", "allow_plaintext", "yes please"),
         ("transport", "heartbeat_s", 0),
         ("limits", "max_idle_s", float("nan")),
-        ("recording", "file", "a\0"),
+        ("recording", "path", "a\0"),
         ("model", "folder", "[a, b"),
         ("model", "folder", {"a": "b\0"}),
         ("model", "on_reload", "replay:0"),
@@ -187,7 +192,7 @@ def test_a_file_that_is_not_sections_of_keys_is_refused(tmp_path: Path, text: st
 @pytest.mark.parametrize(
     ("text", "key"),
     [
-        ("recording: {file: r}\nlimits: {}\nrecording: {keep_s: 5}\n", "recording"),
+        ("recording: {path: r}\nlimits: {}\nrecording: {keep_s: 5}\n", "recording"),
         ("limits:\n  park_s: 5\n  park_s: 6\n", "park_s"),
         ("model: {folder: {a: x, 'a': y}}\n", "a"),
     ],
@@ -205,7 +210,7 @@ def test_a_durability_that_is_asked_for_needs_a_recording(tmp_path: Path, monkey
     load_config(file, {"recording.durability": "memory"})
     monkeypatch.setenv("INSTEP_RECORDING__DURABILITY", "commit")
     assert problems(file) == ["recording.durability (INSTEP_RECORDING__DURABILITY)"]
-    load_config(file, {"recording.file": "r"})
+    load_config(file, {"recording.path": "r"})
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     """The whole demo, four times as fast, in a folder that an earlier one has used."""
     out = tmp_path_factory.mktemp("demo") / "out"
     out.mkdir()
-    for name in ("speakers.recording", "speakers.recording-wal", "speakers.recording-shm", "speakers.png", "mine"):
+    for name in ("speakers.instep", "speakers.recording-wal", "speakers.recording-shm", "speakers.png", "mine"):
         (out / name).write_text("from before")
     file = io.StringIO()
     with pytest.MonkeyPatch.context() as patched:
@@ -57,7 +57,7 @@ def test_it_ends_with_the_verifiers_line(demo: Shown) -> None:
 
 
 def test_everything_comes_from_as_many_connections_as_recordings(demo: Shown) -> None:
-    with RecordingReader(demo.out / "speakers.recording") as reader:
+    with RecordingReader(demo.out / "speakers.instep") as reader:
         assert len(reader.streams()) == 370
         assert {stream.reason for stream in reader.streams()} == {"closed"}
 
@@ -72,7 +72,7 @@ def test_it_keeps_streaming_until_a_signal_and_verifies_everything(tmp_path: Pat
             if line.startswith("in a terminal: "):
                 break
         assert re.search(r" top -e tcp://127\.0\.0\.1:\d+$", line.strip())
-        while frames_of(tmp_path / "speakers.recording") <= 5687 + 370:
+        while frames_of(tmp_path / "speakers.instep") <= 5687 + 370:
             time.sleep(0.1)
         os.killpg(demo.pid, number)  # as Ctrl-C in a terminal does it, to the server too
         said = demo.communicate()[0].splitlines()
@@ -105,10 +105,10 @@ def test_the_accuracy_is_that_of_torch_over_whole_recordings(demo: Shown) -> Non
 
 
 def test_what_it_leaves_is_named_and_replaces_an_earlier_demo(demo: Shown) -> None:
-    recording, picture = demo.out / "speakers.recording", demo.out / "speakers.png"
+    recording, picture = demo.out / "speakers.instep", demo.out / "speakers.png"
     assert demo.lines.count(f"picture: {picture}") == 1
     assert sum(each.endswith(f"instep verify {recording}") for each in demo.lines) == 1
-    assert {path.name for path in demo.out.iterdir()} == {"speakers.recording", "speakers.png", "mine"}
+    assert {path.name for path in demo.out.iterdir()} == {"speakers.instep", "speakers.png", "mine"}
     height, width, _ = imread(picture).shape
     assert width > height > 800
 
@@ -127,7 +127,7 @@ def recorded(recording: Path) -> tuple[list[Producer], Heard]:
 
 class TestReceivedIsRecorded:
     def test_one_bit(self, demo: Shown) -> None:
-        recording = demo.out / "speakers.recording"
+        recording = demo.out / "speakers.instep"
         producers, heard = recorded(recording)
         assert received_is_recorded(recording, producers, heard)
         heard.outputs[300].view(np.uint32)[-1, -1] ^= 1
@@ -137,9 +137,9 @@ class TestReceivedIsRecorded:
         assert not received_is_recorded(recording, producers, heard)
 
     def test_a_stream_that_only_the_recording_has(self, demo: Shown) -> None:
-        producers, heard = recorded(demo.out / "speakers.recording")
+        producers, heard = recorded(demo.out / "speakers.instep")
         del heard.outputs[-1]
-        assert not received_is_recorded(demo.out / "speakers.recording", producers[:-1], heard)
+        assert not received_is_recorded(demo.out / "speakers.instep", producers[:-1], heard)
 
 
 class NoServer:

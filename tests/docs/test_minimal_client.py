@@ -90,7 +90,7 @@ def know(server: Server, term: int, *servers: Server) -> None:
 
 
 async def test_it_follows_a_shard_to_another_server(rng: np.random.Generator, tmp_path: Path) -> None:
-    model, recording = plain(5, 8, layers=2), {"file": tmp_path / "moving.instep"}
+    model, recording = plain(5, 8, layers=2), {"path": tmp_path / "moving.instep"}
     x = rng.standard_normal((30, 6, 5)).astype(np.float32)
     async with running(model, shard=Shard(0, 3, 4)) as here, running(model, shard=Shard(2, 3, 4)) as idle:
         async with running(model, shard=Shard(1, 3, 4), recording=recording) as former:
@@ -136,7 +136,7 @@ async def test_it_waits_while_the_server_is_busy(rng: np.random.Generator) -> No
 
 
 async def test_it_waits_for_the_next_server_while_one_drains(rng: np.random.Generator, tmp_path: Path) -> None:
-    x, recording, gate = rng.standard_normal((5, 1, 3)).astype(np.float32), {"file": tmp_path / "seed.instep"}, Gate()
+    x, recording, gate = rng.standard_normal((5, 1, 3)).astype(np.float32), {"path": tmp_path / "seed.instep"}, Gate()
     async with contextlib.AsyncExitStack() as stack:
         async with running(SEED, stepper=gate.stepper, recording=recording) as server:
             relay = await stack.enter_async_context(Relay(server.endpoint))

@@ -82,7 +82,7 @@ async def test_a_server_begins_anew_where_one_was_killed_before_its_recording_wa
     files = written(operations[:half])
     assert files[""], "part of the file is there"
     path = lay_out(tmp_path, files)
-    async with running(SMALL, recording={"file": path}):
+    async with running(SMALL, recording={"path": path}):
         pass
     with RecordingReader(path) as reader:
         assert reader.finished

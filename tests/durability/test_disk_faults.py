@@ -142,8 +142,8 @@ async def test_after_a_fault_nothing_is_answered_and_a_restart_loses_nothing(
         return fired > 0
 
     disk.on_operation = on_operation
-    path = tmp_path / "r.db"
-    recording = {"file": path, "durability": durability, "recovery_target_s": 0.001}
+    path = tmp_path / "r.instep"
+    recording = {"path": path, "durability": durability, "recovery_target_s": 0.001}
     given = Given()
     failure = f"the recording {path} failed: {SAYS[fault]}"
     async with running(SMALL, recording=recording, failure=failure) as server, RawClient(server.endpoint) as client:
@@ -165,7 +165,7 @@ async def test_after_a_fault_nothing_is_answered_and_a_restart_loses_nothing(
 def test_a_disk_that_fails_while_a_recording_is_gone_on_with_is_said_and_costs_nothing(
     tmp_path: Path, disk: Disk, durability: str, fault: Fault
 ) -> None:
-    path = tmp_path / "r.db"
+    path = tmp_path / "r.instep"
     writer = RecordingWriter.create(path, story_header())
     story = Story(writer, seed=2)
     story.tell(10)
@@ -223,7 +223,7 @@ async def test_a_full_tmpfs_ends_the_process_with_status_1_and_with_more_room_or
     tmp_path: Path, small_disk: Path
 ) -> None:
     write_model(tmp_path / "model", SMALL)
-    path, given = small_disk / "r.db", Given()
+    path, given = small_disk / "r.instep", Given()
     with serving(tmp_path / "model", "--record", str(path)) as served:
         async with RawClient(served.until("serving")["endpoint"]) as client:
             await client.hello()
@@ -239,13 +239,13 @@ async def test_a_full_tmpfs_ends_the_process_with_status_1_and_with_more_room_or
     assert computed - answered <= stopped["messages_unanswered"] <= len(given.x) - answered
     fill(small_disk)  # what was not committed last may have left more room than the next start needs
     with pytest.raises(CannotServe, match="No space left on device; make room, or copy the recording and its -wal"):
-        async with running(SMALL, recording={"file": path}):
+        async with running(SMALL, recording={"path": path}):
             pass
     for file in (path, path.with_name("r.db-wal")):
         shutil.copy(file, tmp_path)
-    async with running(SMALL, recording={"file": tmp_path / path.name}) as server:
+    async with running(SMALL, recording={"path": tmp_path / path.name}) as server:
         await assert_goes_on(server, copy.deepcopy(given))
     remount = await asyncio.create_subprocess_exec("mount", "-o", "remount,size=64m", str(small_disk))
     assert await remount.wait() == 0
-    async with running(SMALL, recording={"file": path}) as server:
+    async with running(SMALL, recording={"path": path}) as server:
         await assert_goes_on(server, given)

@@ -69,7 +69,7 @@ def streams() -> dict[str, Known]:
 
 @pytest.fixture
 def recording(tmp_path: Path) -> Path:
-    return Path(shutil.copyfile(GOLDEN, tmp_path / "r.db"))
+    return Path(shutil.copyfile(GOLDEN, tmp_path / "r.instep"))
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ async def test_its_clients_go_on_with_it(recording: Path, header: RecordingHeade
     assert header.model_fingerprint == model.fingerprint
     names = sorted(OPEN)
     have = [streams[name].first_seq + len(streams[name].y) for name in names]
-    async with running(model, recording={"file": recording}) as server, RawClient(server.endpoint) as client:
+    async with running(model, recording={"path": recording}) as server, RawClient(server.endpoint) as client:
         await client.hello()
         resumed = await client.resume(names, have, [streams[name].epoch for name in names])
         assert resumed.codes() == []

@@ -26,7 +26,7 @@ F, H = 5, 8
 async def refusal(model: object, path: Path) -> str:
     """Why a server is not started on a recording."""
     with pytest.raises(CannotServe) as refused:
-        async with running(model, recording={"file": path}):  # type: ignore[arg-type]
+        async with running(model, recording={"path": path}):  # type: ignore[arg-type]
             pass
     return str(refused.value)
 
@@ -43,20 +43,20 @@ async def opened_and_stepped(server: Server, x: np.ndarray) -> int:
 async def test_a_second_server_on_a_recording_is_refused_until_the_first_has_ended(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    path = tmp_path / "r.db"
+    path = tmp_path / "r.instep"
     x = rng.standard_normal((3, F)).astype(np.float32)
-    async with running(SMALL, recording={"file": path}) as first:
+    async with running(SMALL, recording={"path": path}) as first:
         said = await refusal(SMALL, path)
         assert re.fullmatch(rf"{path} is being written by another instep \(pid \d+\); stop that one, .*", said)
         epoch = await opened_and_stepped(first, x)
-    async with running(SMALL, recording={"file": path}) as second, RawClient(second.endpoint) as client:
+    async with running(SMALL, recording={"path": path}) as second, RawClient(second.endpoint) as client:
         await client.hello()
         assert (await client.resume(["s"], [3], [epoch])).seqs() == [3]
         assert "is being written" in await refusal(SMALL, path)
 
 
 def test_a_second_process_on_a_recording_ends_with_a_sentence_and_status_1(tmp_path: Path) -> None:
-    path = tmp_path / "r.db"
+    path = tmp_path / "r.instep"
     write_model(tmp_path / "model", SMALL)
     arguments = ["serve", str(tmp_path / "model"), "--endpoint", "tcp://127.0.0.1:*", "--http", "off"]
     lock = WriterLock(path)
@@ -71,8 +71,8 @@ def test_a_second_process_on_a_recording_ends_with_a_sentence_and_status_1(tmp_p
 
 
 async def test_a_recording_of_another_model_is_refused_and_stays_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "r.db"
-    async with running(SMALL, recording={"file": path}) as server:
+    path = tmp_path / "r.instep"
+    async with running(SMALL, recording={"path": path}) as server:
         await opened_and_stepped(server, np.ones((3, F), np.float32))
     before = path.read_bytes()
     for other in (plain(5, 8, seed=8), plain(5, 12)):
@@ -87,13 +87,13 @@ async def test_a_recording_that_began_in_another_arithmetic_is_continued_and_nob
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     """As one of a GPU is on a CPU."""
-    path, other = tmp_path / "r.db", "torch 1.9 on cuda:0"
+    path, other = tmp_path / "r.instep", "torch 1.9 on cuda:0"
     x = rng.standard_normal((8, F)).astype(np.float32)
     truth, _ = whole(SMALL, x)
-    async with running(SMALL, recording={"file": tmp_path / "here.db"}) as server:
+    async with running(SMALL, recording={"path": tmp_path / "here.instep"}) as server:
         epoch = await opened_and_stepped(server, x[:4])
-    Forger(tmp_path / "here.db", path).change_header("arithmetic", json.dumps(other))
-    async with running(SMALL, recording={"file": path}) as server, RawClient(server.endpoint) as client:
+    Forger(tmp_path / "here.instep", path).change_header("arithmetic", json.dumps(other))
+    async with running(SMALL, recording={"path": path}) as server, RawClient(server.endpoint) as client:
         await client.hello()
         resumed = await client.resume(["s"], [4], [epoch])
         assert (resumed.codes(), resumed.seqs()) == ([], [4])

@@ -124,7 +124,7 @@ async def test_streams_go_on_exactly_while_and_after_their_history_is_trimmed(
         return [each["position"] for each in told if each["event"] == "recording trimmed"]
 
     async with (
-        running(SMALL, told=told, recording={"file": path, **limit}) as server,
+        running(SMALL, told=told, recording={"path": path, **limit}) as server,
         AsyncClient(server.endpoint) as client,
     ):
         busy, idle = [await client.open(name) for name in names]
@@ -135,7 +135,7 @@ async def test_streams_go_on_exactly_while_and_after_their_history_is_trimmed(
         await client.close(park=True)
     with RecordingReader(path) as reader:
         assert reader.first_position == trimmed()[-1] + 1
-    async with running(SMALL, recording={"file": path}) as server, AsyncClient(server.endpoint) as client:
+    async with running(SMALL, recording={"path": path}) as server, AsyncClient(server.endpoint) as client:
         for name in names:
             await step(name, await client.resume(name, 128 * len(x[name]), epochs[name]))
             np.testing.assert_array_equal(np.concatenate(y[name]), whole(SMALL, np.concatenate(x[name]))[0])

@@ -184,7 +184,7 @@ async def test_each_stream_has_the_bits_that_it_has_alone(tmp_path: Path, name: 
         rng, spec, description.features, description.outputs, count, any_state=case.steps is not None
     )
     copies = await served(tmp_path, ready, visitors, rng)
-    check_verdicts(ready, tmp_path / "recording.db", [*visitors, *copies])
+    check_verdicts(ready, tmp_path / "recording.instep", [*visitors, *copies])
     originals = {f"copy of {visitor.name}": visitor for visitor in visitors}
     for copy in copies:
         assert_equal(copy.y, originals[copy.name].y[-len(copy.y) :], copy)

@@ -113,7 +113,7 @@ async def test_streams_begin_with_what_the_model_has_learned(
     kind: str, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     folder = tmp_path / "net"
-    sections: dict[str, Any] = {"recording": {"file": tmp_path / "r.instep"}, "engine": {"max_batch_size": 32}}
+    sections: dict[str, Any] = {"recording": {"path": tmp_path / "r.instep"}, "engine": {"max_batch_size": 32}}
     make_folder(kind, folder)
     model = load_model(folder)
     first = trained().h0.detach().numpy()
@@ -150,12 +150,11 @@ async def test_streams_that_move_to_another_version_keep_their_start_and_later_o
     for folder in (old, new):
         folder.parent.mkdir()
         make_folder("module", folder)
-    recordings.mkdir()
     tensors = dict(load_model(new).weights)
     former, later = trained().h0.detach().numpy(), trained().h0.detach().numpy() + np.float32(0.5)
     save_file(tensors | {"initial_state.h": torch.from_numpy(later)}, new / "weights.safetensors")
     x = rng.standard_normal((FRAMES, FEATURES)).astype(np.float32)
-    sections: dict[str, Any] = {"recording": {"file": recordings}, "engine": {"max_batch_size": 32}}
+    sections: dict[str, Any] = {"recording": {"path": recordings}, "engine": {"max_batch_size": 32}}
     async with running(load_model(old), folder=old, **sections) as server, AsyncClient(server.endpoint) as client:
         used, unused = await client.open("used"), await client.open("unused")
         y = [await used.step(x[:4])]

@@ -76,7 +76,7 @@ async def test_every_stream_is_listed_with_its_place() -> None:
 
 
 async def test_streams_that_hibernate_are_listed_without_being_woken(tmp_path: Path) -> None:
-    recording, limits = {"file": tmp_path / "r.rec"}, {"hibernate_after_s": 0.05}
+    recording, limits = {"path": tmp_path / "r.instep"}, {"hibernate_after_s": 0.05}
     async with running(SMALL, recording=recording, limits=limits) as server, AsyncClient(server.endpoint) as client:
         streams_open = [await client.open(f"s{number}") for number in range(5)]
         await streams_open[0].step(np.zeros(F))

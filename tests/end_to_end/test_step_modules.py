@@ -42,7 +42,7 @@ def check(name: str, y: F32, x: F32, state: Any = None) -> None:
 @pytest.mark.parametrize("name", STEPS)
 async def test_it_is_served_recorded_and_verified(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
     x = rng.standard_normal((STREAMS, FRAMES, FEATURES)).astype(np.float32)
-    recording = {"file": tmp_path / "r.instep"}
+    recording = {"path": tmp_path / "r.instep"}
     folder = exported_folder(name)
     async with (
         running(exported(name), recording=recording, folder=folder) as server,
@@ -87,7 +87,7 @@ async def test_a_report_says_that_the_reference_shares_the_graph_and_tampering_i
 ) -> None:
     file, folder = tmp_path / "r.instep", exported_folder("min_gru")
     async with (
-        running(exported("min_gru"), recording={"file": file}, folder=folder) as server,
+        running(exported("min_gru"), recording={"path": file}, folder=folder) as server,
         AsyncClient(server.endpoint) as client,
     ):
         stream = await client.open("s")

@@ -71,7 +71,7 @@ def test_parquet_when_nothing_is_said(written: Written) -> None:
 
 async def test_columns_have_the_names_that_the_served_model_gives_its_outputs(tmp_path: Path) -> None:
     model = replace(with_head(3, 4, 2), output_names=("speech", "silence"))
-    recording = {"file": tmp_path / "a.instep"}
+    recording = {"path": tmp_path / "a.instep"}
     async with running(model, recording=recording) as server, AsyncClient(server.endpoint) as client:
         y = await (await client.open("mic")).step(np.ones(3))
     with RecordingReader(tmp_path / "a.instep") as reader:

@@ -132,7 +132,7 @@ class Place:
 
 
 async def test_the_numbers_of_a_shard_tell_whether_it_has_a_copy(tmp_path: Path) -> None:
-    recording, place = {"file": tmp_path / "r.instep"}, Place()
+    recording, place = {"path": tmp_path / "r.instep"}, Place()
     async with running(SMALL, recording=recording) as lone, RawClient(lone.endpoint) as client:
         await client.hello()
         assert "copied" not in await client.statistics()

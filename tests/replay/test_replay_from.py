@@ -74,7 +74,7 @@ async def live(tmp_path: Path, rng: np.random.Generator) -> AsyncIterator[Live]:
     async with running(
         SMALL,
         folder=tmp_path / "model",
-        recording={"file": tmp_path / "r.instep"},
+        recording={"path": tmp_path / "r.instep"},
         limits={"hibernate_after_s": 0.1, "park_s": 60},
         transport={"heartbeat_s": 0.05},
     ) as server:

@@ -53,7 +53,7 @@ class Place:
 
     @property
     def sections(self) -> dict[str, Any]:
-        return {"recording": {"file": self.recording}}
+        return {"recording": {"path": self.recording}}
 
 
 @pytest.fixture

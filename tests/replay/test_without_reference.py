@@ -37,7 +37,7 @@ async def path(tmp_path: Path, rng: np.random.Generator) -> Path:
     """A recording of two streams, beside its model."""
     write_model(tmp_path / "model", MODEL)
     found = tmp_path / "a.instep"
-    async with running(MODEL, recording={"file": found}, folder=tmp_path / "model") as server:
+    async with running(MODEL, recording={"path": found}, folder=tmp_path / "model") as server:
         async with AsyncClient(server.endpoint) as client:
             for name in ("one", "other"):
                 stream = await client.open(name)

@@ -44,7 +44,7 @@ async def test_connections_are_those_of_a_principal_and_not_of_others(tmp_path: 
 
 async def test_streams_count_wherever_they_are_until_they_end_or_another_resumes_them(tmp_path: Path) -> None:
     keys = ring(tmp_path, streams=3)
-    record = {"file": tmp_path / "rec.instep"}
+    record = {"path": tmp_path / "rec.instep"}
     limits = {"hibernate_after_s": 0.05}
     async with (
         running(SMALL, transport=keys.transport, recording=record, limits=limits) as server,

@@ -51,10 +51,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_it_says_what_would_be_served(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "r.instep"
-    check(configured(model, recording={"file": file}, engine={"max_streams": 7}))
-    lines = said(capsys)
-    assert lines["would record"]["file"] == str(file)
+    for path, file in (("r.instep", "r.instep"), ("new/folder", f"new/folder/{SMALL.name}.instep")):
+        check(configured(model, recording={"path": tmp_path / path}, engine={"max_streams": 7}))
+        lines = said(capsys)
+        assert lines["would record"]["file"] == str(tmp_path / file)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing was written"
     assert lines["can serve"]["model"] == SMALL.name
     assert lines["can serve"]["max_streams"] == 7
     assert lines["can serve"]["exactness"] == "exact"
@@ -73,8 +74,8 @@ async def test_a_recording_would_be_continued_and_stays_as_it_is(
     folder = tmp_path / "recordings"
     folder.mkdir()
     file = folder / "r.instep"
-    config = configured(model, recording={"file": file}, engine={"max_batch_size": 256})
-    async with running(SMALL, recording={"file": file}) as server, RawClient(server.endpoint) as client:
+    config = configured(model, recording={"path": file}, engine={"max_batch_size": 256})
+    async with running(SMALL, recording={"path": file}) as server, RawClient(server.endpoint) as client:
         await client.hello()
         await client.step((await client.open("s", "t")).handles()[:1], [0], random_frames(rng, 3))
         capsys.readouterr()
@@ -114,11 +115,11 @@ def test_what_stands_in_the_way_is_said(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CannotServe, match="max_message_bytes"):
         check(configured(tmp_path / "wide", transport={"max_message_bytes": 4096}))
     with pytest.raises(CannotServe, match=str(tmp_path / "no")):
-        check(configured(model, recording={"file": tmp_path / "no" / "r.instep"}))
+        check(configured(model, recording={"path": tmp_path / "no" / "r.instep"}))
     (tmp_path / "same").symlink_to(model)
-    for place in (model, tmp_path / "same", tmp_path / "same" / "recordings" / "r.instep"):
+    for place in (model, tmp_path / "same", tmp_path / "same" / "recordings" / "r.instep", model / "model.yaml" / "r"):
         with pytest.raises(CannotServe, match=re.escape(str(place))):
-            check(configured(model, recording={"file": place}))
+            check(configured(model, recording={"path": place}))
     (tmp_path / "loop").symlink_to("loop")
     for name in ("nothing", "loop"):
         with pytest.raises(CannotServe, match=re.escape(str(tmp_path / name))):
@@ -135,7 +136,7 @@ def test_all_that_is_known_before_a_model_is_loaded_is_said_at_once(
         model,
         engine={"device": "cuda"},
         http={"endpoint": "127.0.0.1:0", "token_file": tmp_path / "no-token"},
-        recording={"file": tmp_path / "no" / "r.instep"},
+        recording={"path": tmp_path / "no" / "r.instep"},
         audit={"file": tmp_path / "no" / "audit"},
     )
     with pytest.raises(CannotServe) as error:
@@ -145,8 +146,8 @@ def test_all_that_is_known_before_a_model_is_loaded_is_said_at_once(
     with pytest.raises(CannotServe, match="CUDA"):
         check(configured(model, engine={"device": "cuda"}))
     folders = Config.model_validate({"model": {"folder": [model, tmp_path / "no"]}}).model
-    config = configured(model, recording={"file": tmp_path / "r.instep"}).model_copy(update={"model": folders})
-    with pytest.raises(CannotServe, match=r"(?s)/no: .*\n.*/r\.instep "):
+    config = configured(model, recording={"path": model}).model_copy(update={"model": folders})
+    with pytest.raises(CannotServe, match=r"(?s)/no: .*\n.*/model is "):
         check(config)
     assert "compiled" not in said(capsys)
 
@@ -173,7 +174,7 @@ def test_what_will_hurt_is_warned_of(model: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(checks, "usable_cores", lambda: 1)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (256, 256))
     monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
-    recording = {"file": tmp_path / "r.instep", "warn_free_bytes": 2**60}
+    recording = {"path": tmp_path / "r.instep", "warn_free_bytes": 2**60}
     assert_warned(configured(model, recording=recording), "free", "one core", "needs 16,484", "NUMBA_DISABLE_JIT")
 
 

@@ -77,7 +77,7 @@ async def test_at_the_end_everything_that_was_taken_is_answered_and_everything_e
 
 @pytest.mark.parametrize("drained", [False, True])
 async def test_a_forced_end_does_not_wait_for_a_recorder_that_is_stuck(tmp_path: Path, drained: bool) -> None:
-    recording, told = {"file": tmp_path / "r.instep"}, list[dict[str, Any]]()
+    recording, told = {"path": tmp_path / "r.instep"}, list[dict[str, Any]]()
     async with held_commits() as may_commit:
         async with running(SMALL, recording=recording, told=told) as server, RawClient(server.endpoint) as client:
             await client.hello()
@@ -140,7 +140,7 @@ async def test_a_recording_that_fails_ends_the_server_with_a_reason_and_nothing_
     def full(*_: object) -> None:
         raise OSError("disk full, injected")
 
-    recording = {"file": tmp_path / "r.instep"}
+    recording = {"path": tmp_path / "r.instep"}
     failure = f"the recording {recording['file']} failed: disk full, injected"
     ends = verb.endswith("checkpoint")
     async with running(SMALL, recording=recording, failure=failure) as server, RawClient(server.endpoint) as client:
@@ -162,14 +162,14 @@ async def test_a_recording_that_fails_ends_the_server_with_a_reason_and_nothing_
 
 async def test_a_start_that_fails_leaves_nothing_open(tmp_path: Path) -> None:
     path = tmp_path / "r.instep"
-    async with running(SMALL, recording={"file": path}) as server:
+    async with running(SMALL, recording={"path": path}) as server:
         with pytest.raises(CannotServe, match=path.name):
-            async with running(SMALL, recording={"file": path}):
+            async with running(SMALL, recording={"path": path}):
                 pass
         with pytest.raises(CannotServe, match="cannot bind"):
             async with running(SMALL, transport={"endpoint": server.endpoint}):
                 pass
-    async with running(SMALL, recording={"file": path}, transport={"endpoint": server.endpoint}):
+    async with running(SMALL, recording={"path": path}, transport={"endpoint": server.endpoint}):
         pass
 
 

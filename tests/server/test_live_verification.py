@@ -106,7 +106,7 @@ async def test_a_wrong_output_is_told_once_whatever_happens_to_the_process(
     folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     told: list[dict[str, Any]] = []
-    sections = {"recording": {"file": tmp_path / "r.instep"}, **VERIFY}
+    sections = {"recording": {"path": tmp_path / "r.instep"}, **VERIFY}
     async with running(
         EARS, stepper=wrong_stepper, told=told, folder=folder, supervision=IN_A_FRESH_INTERPRETER, **sections
     ) as server:
@@ -148,7 +148,7 @@ async def test_a_wrong_output_is_told_once_whatever_happens_to_the_process(
 async def test_everything_is_verified_whatever_happens_to_the_streams(
     folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    recording = {"file": tmp_path / "r.instep", "recovery_target_s": 0.01}
+    recording = {"path": tmp_path / "r.instep", "recovery_target_s": 0.01}
     limits = {"hibernate_after_s": 0.1}
     sections: dict[str, Any] = {"recording": recording, "limits": limits, **VERIFY}
     async with running(EARS, folder=folder, **sections) as server, AsyncClient(server.endpoint) as client:
@@ -177,7 +177,7 @@ async def test_everything_is_verified_whatever_happens_to_the_streams(
 async def test_a_history_that_is_trimmed_while_the_process_is_stopped_is_told_of(
     folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    recording, told = {"file": tmp_path / "r.instep", "keep_bytes": 700_000}, list[dict[str, Any]]()
+    recording, told = {"path": tmp_path / "r.instep", "keep_bytes": 700_000}, list[dict[str, Any]]()
     async with running(EARS, folder=folder, told=told, recording=recording, **VERIFY) as server:
         async with AsyncClient(server.endpoint) as client:
             group = await client.open_group([f"s{number}" for number in range(8)])
@@ -203,10 +203,9 @@ async def test_a_history_that_is_trimmed_while_the_process_is_stopped_is_told_of
 
 
 async def test_one_process_checks_all_models(folder: Path, tmp_path: Path, rng: np.random.Generator) -> None:
-    (tmp_path / "recordings").mkdir()
     write_model(tmp_path / "other", OTHER)
     told: list[dict[str, Any]] = []
-    sections = {"recording": {"file": tmp_path / "recordings"}, **VERIFY}
+    sections = {"recording": {"path": tmp_path / "recordings"}, **VERIFY}
     async with running(EARS, folder=folder, told=told, **sections) as server:
         server.loader.reload(Config.model_validate({"model": {"folder": [folder, tmp_path / "other"]}}).model)
         await until(lambda: len(server.services) == 2)
@@ -226,7 +225,7 @@ async def test_what_cannot_be_verified_is_said_and_served(
     folder: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     told: list[dict[str, Any]] = []
-    recording, nowhere = {"file": tmp_path / "r.instep"}, tmp_path / "nowhere"
+    recording, nowhere = {"path": tmp_path / "r.instep"}, tmp_path / "nowhere"
     async with running(EARS, folder=nowhere, told=told, recording=recording, **VERIFY) as server:
         async with AsyncClient(server.endpoint) as client:
             await until(lambda: found(server).state == "off")
@@ -238,7 +237,7 @@ async def test_what_cannot_be_verified_is_said_and_served(
 async def test_a_process_that_hangs_holds_nobody_up(folder: Path, tmp_path: Path, rng: np.random.Generator) -> None:
     told, file, wal = list[dict[str, Any]](), tmp_path / "r.instep", tmp_path / "r.instep-wal"
     supervision = replace(IN_FORKS, most_wal_bytes=3 * 2**20)
-    sections = {"recording": {"file": file}, **VERIFY}
+    sections = {"recording": {"path": file}, **VERIFY}
     async with running(EARS, folder=folder, told=told, supervision=supervision, **sections) as server:
         async with AsyncClient(server.endpoint) as client:
             stream = await client.open("s")

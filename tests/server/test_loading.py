@@ -47,8 +47,7 @@ async def test_a_model_comes_and_goes_and_comes_back_with_its_streams_while_anot
     x = rng.standard_normal((30, 3)).astype(np.float32)
     other = rng.standard_normal((2000, 5)).astype(np.float32)
     told: list[dict[str, Any]] = []
-    (tmp_path / "recordings").mkdir()
-    recording = {"file": tmp_path / "recordings"}
+    recording = {"path": tmp_path / "recordings"}
     async with running(EARS, told=told, recording=recording, engine=EXACT) as server:
         async with AsyncClient(server.endpoint) as busy:
             ears = await busy.open("s")
@@ -99,7 +98,7 @@ async def test_a_model_that_cannot_be_loaded_changes_nothing_and_leaves_nothing_
     folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "vowels.instep").write_bytes(b"not a recording")
-    async with running(EARS, recording={"file": tmp_path}, engine=EXACT) as server:
+    async with running(EARS, recording={"path": tmp_path}, engine=EXACT) as server:
         open_files = []
         for _ in range(3):
             assert await reload_models(server, with_ears(folder))

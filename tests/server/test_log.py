@@ -66,7 +66,7 @@ def test_it_says_what_has_happened_since_it_last_did() -> None:
 
 async def test_it_warns_once_when_little_is_left_and_says_once_when_there_is_room_again(tmp_path: Path) -> None:
     told: list[dict[str, Any]] = []
-    recording = {"file": tmp_path / "r.instep", "warn_free_bytes": 2**62}
+    recording = {"path": tmp_path / "r.instep", "warn_free_bytes": 2**62}
 
     async def until(event: str) -> dict[str, Any]:
         async with asyncio.timeout(30):

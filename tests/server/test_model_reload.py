@@ -52,12 +52,11 @@ def folder_of(place: Path, model: Model) -> Path:
 async def test_models_become_those_of_the_configuration(tmp_path: Path, rng: np.random.Generator) -> None:
     x = rng.standard_normal((60, 5)).astype(np.float32)
     told: list[dict[str, Any]] = []
-    (tmp_path / "recordings").mkdir()
     (tmp_path / "broken").mkdir()
     new, eyes = folder_of(tmp_path / "new", B), folder_of(tmp_path / "eyes", OTHER)
     broken, good = tmp_path / "broken", folder_of(tmp_path / "good", plain(2, 2))
     async with (
-        running(A, told=told, recording={"file": tmp_path / "recordings"}) as server,
+        running(A, told=told, recording={"path": tmp_path / "recordings"}) as server,
         AsyncClient(server.endpoint, model="ears") as client,
     ):
         reloads = Reloads(server, told)
@@ -108,7 +107,7 @@ async def test_a_reload_that_failed_half_way_leaves_the_models_in_force_in_the_c
     newer = folder_of(tmp_path / "newer", plain(5, 16, seed=2))
     (tmp_path / "recordings" / "eyes@2.instep" / "in the way").mkdir(parents=True)
     told: list[dict[str, Any]] = []
-    async with running(A, told=told, folder=old, recording={"file": tmp_path / "recordings"}) as server:
+    async with running(A, told=told, folder=old, recording={"path": tmp_path / "recordings"}) as server:
         reloads = Reloads(server, told)
         assert (await reloads({"ears": old, "eyes": eyes}))["loaded"] == ["eyes"]
         line = await reloads({"ears": new, "eyes": newer}, on_reload="move")

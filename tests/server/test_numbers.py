@@ -76,7 +76,7 @@ async def test_a_recording_is_counted_as_its_files_are(
     tmp_path: Path, rng: np.random.Generator, durability: str
 ) -> None:
     file, began_s = tmp_path / "r.instep", time.monotonic()
-    recording = {"file": file, "durability": durability}
+    recording = {"path": file, "durability": durability}
     async with running(SMALL, recording=recording) as server, RawClient(server.endpoint) as client:
         service = server.default
         await client.hello()

@@ -168,7 +168,7 @@ def test_too_little_memory_is_said_and_leaves_no_recording_behind(
     folder = tmp_path / "recordings"
     folder.mkdir()
     with pytest.raises(CannotServe, match=r"engine\.max_streams = 99"):
-        serve.run(configured(model, engine={"max_streams": 99}, recording={"file": folder / "r.instep"}))
+        serve.run(configured(model, engine={"max_streams": 99}, recording={"path": folder / "r.instep"}))
     assert list(folder.iterdir()) == []
 
 
@@ -192,7 +192,7 @@ def test_a_recording_that_cannot_be_closed_is_a_failure(
         raise OSError("disk full, injected")
 
     monkeypatch.setattr(RecordingWriter, "close", full)
-    config = configured(model, recording={"file": tmp_path / "r.instep"})
+    config = configured(model, recording={"path": tmp_path / "r.instep"})
     assert serve.run(config, on_ready=lambda _: os.kill(os.getpid(), signal.SIGINT)) == 1
 
 

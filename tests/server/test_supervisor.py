@@ -79,7 +79,6 @@ def test_a_crash_after_a_reload_serves_the_models_that_were_reloaded_with_their_
 ) -> None:
     for name, seed in (("old", 1), ("new", 2)):
         write_model(tmp_path / name, plain(5, 8, seed=seed))
-    (tmp_path / "recordings").mkdir()
     file, x = tmp_path / "c.yaml", rng.standard_normal((30, 5)).astype(np.float32)
 
     def configure(name: str) -> None:

@@ -46,7 +46,7 @@ async def test_streams_lose_no_frame_and_each_frame_is_computed_by_the_version_o
     streams: dict[int, AsyncStream] = {}
     with closing(create_server(("127.0.0.1", 0))) as probe:
         transport = {"endpoint": f"tcp://127.0.0.1:{probe.getsockname()[1]}"}
-    sections: dict[str, Any] = {"recording": {"file": recordings}, "engine": EXACT, "transport": transport}
+    sections: dict[str, Any] = {"recording": {"path": recordings}, "engine": EXACT, "transport": transport}
     is_over = asyncio.Event()
 
     async def in_lockstep(number: int) -> None:
@@ -121,7 +121,7 @@ async def test_streams_without_a_connection_move_too(
     if policy != "move":
         write_model(folder, DEEPER, overwrite=True)
     limits, transport = {"hibernate_after_s": hibernate_after_s}, {"heartbeat_s": 0.5}
-    sections: dict[str, Any] = {"recording": {"file": recordings}, "limits": limits, "engine": EXACT}
+    sections: dict[str, Any] = {"recording": {"path": recordings}, "limits": limits, "engine": EXACT}
     async with running(A, transport=transport, **sections) as server, AsyncClient(server.endpoint) as client:
         async with AsyncClient(server.endpoint) as gone:
             first = await (await gone.open("s")).step(x[:10])
@@ -139,7 +139,7 @@ async def test_a_stream_that_falls_asleep_while_the_recording_is_committed_moves
 ) -> None:
     x = rng.standard_normal((20, 5)).astype(np.float32)
     async with (
-        running(A, recording={"file": recordings}, engine=EXACT) as server,
+        running(A, recording={"path": recordings}, engine=EXACT) as server,
         AsyncClient(server.endpoint) as client,
     ):
         stream = await client.open("s")
@@ -167,7 +167,7 @@ async def test_kept_streams_stay_with_their_version_until_nobody_uses_it_any_mor
     x = rng.standard_normal((40, 5)).astype(np.float32)
     told: list[dict[str, Any]] = []
     settings: dict[str, Any] = {"transport": {"heartbeat_s": 1000}}
-    async with running(A, told=told, recording={"file": recordings}, engine=EXACT, **settings) as server:
+    async with running(A, told=told, recording={"path": recordings}, engine=EXACT, **settings) as server:
         async with AsyncClient(server.endpoint) as operator:
             async with AsyncClient(server.endpoint) as old:
                 stream = await old.open("s")
@@ -195,7 +195,7 @@ async def test_a_reset_begins_a_replay_and_closed_streams_are_in_nobodys_way(
 ) -> None:
     write_model(folder, DEEPER, overwrite=True)
     x = rng.standard_normal((6, 300, 5)).astype(np.float32)
-    sections: dict[str, Any] = {"recording": {"file": recordings}, "engine": {**EXACT, "max_streams": 4}}
+    sections: dict[str, Any] = {"recording": {"path": recordings}, "engine": {**EXACT, "max_streams": 4}}
     async with running(A, **sections) as server, AsyncClient(server.endpoint) as client:
         for number in (0, 1, 2, 3):  # their slots are taken by later ones
             gone = await client.open(f"gone{number}")
@@ -230,3 +230,5 @@ async def test_a_version_that_cannot_be_served_changes_nothing(
         second = await stream.step(x[10:])
         assert client.info.fingerprint == A.fingerprint
     np.testing.assert_array_equal(np.concatenate([first, second]), whole(A, x)[0])
+    async with running(A, engine=EXACT, recording={"path": tmp_path / "r.instep"}) as server:
+        assert "recording.path" in await reload_models(server, folder)

@@ -53,7 +53,7 @@ def x(rng: np.random.Generator) -> F32:
 
 
 def sections(recordings: Path, on_reload: str = "move", **model: Any) -> dict[str, Any]:
-    return {"recording": {"file": recordings}, "engine": EXACT, "model": {"on_reload": on_reload, **model}}
+    return {"recording": {"path": recordings}, "engine": EXACT, "model": {"on_reload": on_reload, **model}}
 
 
 async def record(old: Path, recordings: Path, x: F32, *, crashes: bool = False) -> None:
@@ -91,7 +91,7 @@ async def test_streams_continue_in_the_version_that_is_configured_while_the_serv
     if crashes:
         left.touch()
     else:
-        RecordingWriter.create(left, recording_header(prepared(WIDER), config(recording={"file": left}))).abandon()
+        RecordingWriter.create(left, recording_header(prepared(WIDER), config(recording={"path": left}))).abandon()
     write_model(folder, version, overwrite=True)
     async with running(version, folder=folder, **sections(recordings, policy)) as server:
         y = await steps_on(server.endpoint, x)

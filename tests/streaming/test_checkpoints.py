@@ -112,7 +112,7 @@ NUMBERS = [MANY, 7, MANY - 5]
 
 async def test_memory_is_for_the_streams_that_are_open_and_not_for_all_that_ever_were(tmp_path: Path) -> None:
     path = tmp_path / "r.instep"
-    writer = RecordingWriter.create(path, recording_header(prepared(SMALL), config(recording={"file": path})))
+    writer = RecordingWriter.create(path, recording_header(prepared(SMALL), config(recording={"path": path})))
     for number in NUMBERS:
         open_stream(writer, number, f"s{number}", 1000, 0, 1, None)
     for seq, streams in enumerate(([7, MANY - 5, MANY], [MANY, 7])):
@@ -151,7 +151,7 @@ async def test_more_streams_than_fit_are_refused_with_what_to_do(tmp_path: Path,
 
 async def test_outputs_must_have_the_recorded_bits_only_where_every_engine_promises_them(tmp_path: Path) -> None:
     path = tmp_path / "r.instep"
-    promised = recording_header(prepared(SMALL), config(recording={"file": path}))
+    promised = recording_header(prepared(SMALL), config(recording={"path": path}))
     writer = RecordingWriter.create(path, replace(promised, arithmetic="torch 1.9 on cuda:0"))
     open_stream(writer, 1, "s", 1000, 0, 1, None)
     numbers, seqs, x = np.array([1], np.uint32), np.array([0], np.uint64), np.ones((1, 5), np.float32)

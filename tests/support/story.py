@@ -128,7 +128,7 @@ class Truth:
 @cache
 def story_header(durability: Durability = "commit") -> RecordingHeader:
     """The header of a recording of the story's engine."""
-    return recording_header(prepared(SMALL), config(recording={"file": "r.db", "durability": durability}))
+    return recording_header(prepared(SMALL), config(recording={"path": "r.db", "durability": durability}))
 
 
 def new_engine() -> EngineParts:

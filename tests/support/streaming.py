@@ -274,7 +274,7 @@ class StreamingEngine:
         second_place: SecondPlace | None = None,
     ) -> Recovery | None:
         """Record from now on, in a new file or in one that is continued; what was continued."""
-        header = recording_header(prepared(self._model), config(recording={"file": path, "durability": durability}))
+        header = recording_header(prepared(self._model), config(recording={"path": path, "durability": durability}))
         journal, recovery = self.engine.journal, None
         self.recording = path
         if path.exists():

@@ -37,7 +37,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def recordings(tmp_path: Path) -> Path:
     """Where every version is recorded."""
-    (tmp_path / "recordings").mkdir()
     return tmp_path / "recordings"
 
 

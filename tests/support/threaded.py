@@ -14,7 +14,7 @@ from tests.support.running import running
 
 FLAGS = {
     "--device": "engine.device",
-    "--record": "recording.file",
+    "--record": "recording.path",
 }
 
 

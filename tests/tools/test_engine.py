@@ -32,13 +32,13 @@ from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table
 
 
 async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Path, rng: np.random.Generator) -> None:
-    recording, lengths = tmp_path / "r.db", np.array([20, 1, 50, 3, 50])
+    recording, lengths = tmp_path / "r.instep", np.array([20, 1, 50, 3, 50])
     h = rng.standard_normal((1, 4), np.float32)
     x = rng.standard_normal((124, 3), np.float32)
     save_table(tmp_path / "in.npz", RecordedSequences(tuple("abcde"), lengths, x, initial_states={2: {"h": h}}))
     np.save(tmp_path / "noise.npy", rng.standard_normal((3, 20, 3)))
     clock = JumpingClock()
-    async with running(SEED_SIZED, recording={"file": recording}) as server:
+    async with running(SEED_SIZED, recording={"path": recording}) as server:
         target = Target(server.endpoint)
         live = Produce(target, Pace(10.0, 20), tmp_path / "noise.npy", save=tmp_path / "live.npz")
         assert await produce(live, RememberingTerminal(), Stop(), clock) == Exit.OK

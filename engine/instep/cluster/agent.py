@@ -410,7 +410,7 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
     Raises:
         CannotServe, InvalidInput: it cannot start.
     """
-    endpoint, folder = config.transport.endpoint, config.recording.file
+    endpoint, folder = config.transport.endpoint, config.recording.path
     name, directory = name or socket.gethostname(), f"tcp://{directory.removeprefix('tcp://')}"
     place = re.fullmatch(r"tcp://(.+):([0-9]+)", endpoint)
     host, port = (host, 0) if place is None else (host or place[1], int(place[2]))

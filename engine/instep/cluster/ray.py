@@ -92,7 +92,7 @@ class DirectoryActor(ProgramActor):
     def __init__(self, address: str, arguments: Sequence[str], config: str) -> None:
         self._address, self._config = address, Config.model_validate_json(config)
         self._has_agent: set[str] = set()
-        folder = f"{self._config.recording.file}/directory.store"
+        folder = f"{self._config.recording.path}/directory.store"
         arguments = ["directory", "--store", folder, "--endpoint", f"tcp://{address}", *arguments]
         super().__init__(folder, arguments, config)
 
@@ -104,7 +104,7 @@ class DirectoryActor(ProgramActor):
             number, name, host = node["NodeID"], node["NodeName"], node["NodeManagerAddress"]
             if number in self._has_agent or not node["Alive"] or RESOURCE not in node["Resources"]:
                 continue
-            folder = f"{self._config.recording.file}/{name}"
+            folder = f"{self._config.recording.path}/{name}"
             endpoint = f"tcp://{host}:{self._config.transport.endpoint.rpartition(':')[2]}"
             arguments = ["agent", "--name", name, "--directory", self._address, "--endpoint", endpoint]
             options = _options(
@@ -131,7 +131,7 @@ def up(config: Config, shards: int, copies: int, adopt: str) -> str:
     Raises:
         CommandProblem: something is missing, or a cluster is up.
     """
-    if config.recording.file is None or not config.model.folders:
+    if config.recording.path is None or not config.model.folders:
         raise CommandProblem("a cluster needs a model and --record FOLDER")
     arguments = [f"--shards={shards}", f"--copies={copies}", "--adopt", adopt]
     ray = _connect()

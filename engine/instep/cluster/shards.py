@@ -41,8 +41,8 @@ def run(config: Config, shards: int, *, reread: Callable[[], Config]) -> int:
     table = ShardTable(np.zeros(shards, np.uint64), endpoints)
     found = before_loading(config, restart=True, shards=shards)
     with launching(config, found, reread, supervised=True, servers=shards) as launch, folder_of_sockets() as sockets:
-        if config.recording.file is not None:
-            claim(config.recording.file, shards)
+        if config.recording.path is not None:
+            claim(config.recording.path, shards)
         for number in range(shards):
             (sockets / str(number)).touch()  # the admin server shows those that do not listen yet, too
         kept = [Kept() for _ in range(shards)]
@@ -82,4 +82,4 @@ def claim(folder: Path, shards: int) -> None:
         if shards_in(folder) != shards:
             (folder / SHARDS_FILE).write_text(f"{shards}\n")
     except OSError as error:
-        raise CannotServe(f"recording.file {folder} cannot be written: {error.strerror}") from None
+        raise CannotServe(f"recording.path {folder} cannot be written: {error.strerror}") from None

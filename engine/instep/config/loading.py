@@ -23,6 +23,8 @@ _FIELDS: Final = {
 }
 KEYS: Final = tuple(_FIELDS)
 """Every key as `section.key`, in the order of `configs/default.yaml`."""
+_FORMER: Final = {"recording.file": "recording.path"}
+"""Keys that have been renamed."""
 _PLACES: Final = tuple(key for key, field in _FIELDS.items() if "Path" in repr(field.annotation))
 """Keys whose values are paths."""
 
@@ -101,7 +103,7 @@ def explain_config(file: Path | None = None, flags: Mapping[str, str] | None = N
         problems = [line for each in error.errors(include_url=False) for line in _lines(each, sources)]
     else:
         asked = sources["recording.durability"]  # a file that repeats the default does not ask for it
-        if config.recording.file or config.recording.durability == "memory" or asked in ("default", f"file {file}"):
+        if config.recording.path or config.recording.durability == "memory" or asked in ("default", f"file {file}"):
             return config, sources
         problems = [f"recording.durability ({asked}): {NO_RECORDING}"]
     try:
@@ -181,7 +183,7 @@ def _absolute(value: Any, base: Path) -> Any:
         elif value in ("", "null"):
             return None
         else:
-            return str((base / os.path.expanduser(value)).resolve()) + "/" * value.endswith("/")
+            return str((base / os.path.expanduser(value)).resolve())
     if isinstance(value, dict):
         return {name: _absolute(each, base) for name, each in value.items()}
     return [_absolute(each, base) for each in value] if isinstance(value, list) else value
@@ -189,13 +191,13 @@ def _absolute(value: Any, base: Path) -> Any:
 
 def _lines(found: ErrorDetails, sources: Mapping[str, str]) -> list[str]:
     """A sentence about an invalid value, or one per line about values that contradict each other."""
-    path = ".".join(map(str, found["loc"][:2]))
-    if path not in sources:  # a section
-        path = next(key for key in sources if key.startswith(f"{path}."))
     message = found["msg"].removeprefix("Value error, ")
     if found["type"] == "value_error" and len(found["loc"]) < 2:
         contradictions = [line.partition(": ") for line in message.splitlines()]
         return [f"{first} ({sources[first]}): {why}" for first, _, why in contradictions]
+    path = ".".join(map(str, found["loc"][:2]))
+    if path not in sources:  # a section
+        path = next(key for key in sources if key.startswith(f"{path}."))
     if isinstance(found["input"], Exception):
         message = f"it is no path: {_in_a_line(found['input'])}"
     elif found["type"] == "extra_forbidden":
@@ -206,6 +208,8 @@ def _lines(found: ErrorDetails, sources: Mapping[str, str]) -> list[str]:
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    if name in _FORMER:
+        return f"it is called {_FORMER[name]} now"
     key = name.rpartition(".")[2]
     close = [each for each in known if each.rpartition(".")[2] == key]  # the same key of another section
     close = close or get_close_matches(name, list(known), n=1, cutoff=0.7)

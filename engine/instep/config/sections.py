@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,7 +31,11 @@ Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 TimerSeconds = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 """A timer of libzmq: above 0, and within its 16-bit deciseconds."""
 NO_RECORDING: Final = (
-    "it needs a recording, and nothing is recorded: name a recording.file (--record FILE), or leave it out"
+    "it needs a recording, and nothing is recorded: name a recording.path (--record PATH), or leave it out"
+)
+ONE_FILE: Final = (
+    "recording.path is one file, and each model and each version of one needs its own: start the server with --record "
+    "FOLDER, which is made"
 )
 _LAST_CUDA_DEVICE: Final = 127
 """The highest device index. PyTorch keeps it in a signed byte, so cuda:256 would be cuda:0."""
@@ -70,13 +73,6 @@ def _as_text(folder: Path | tuple[Path, ...] | dict[str, Path] | None) -> Any:
     if isinstance(folder, dict):
         return {name: str(path) for name, path in folder.items()}
     return [str(path) for path in folder] if isinstance(folder, tuple) else folder and str(folder)
-
-
-def _new_or_existing(place: object) -> object:
-    """Refuse a path with a trailing slash that is not an existing folder, because a file would be written."""
-    if isinstance(place, str) and place.endswith("/") and not os.path.isdir(place):
-        raise ValueError(f"there is no folder {place}: make it, or leave out the slash to record into a file")
-    return place
 
 
 def _agree(contradictions: Iterable[str]) -> None:
@@ -229,18 +225,23 @@ class LimitsConfig(Section):
 
 
 class RecordingConfig(Section):
-    """The recording; without a file nothing is recorded."""
+    """The recording; without a path nothing is recorded."""
 
-    file: Annotated[Path | None, BeforeValidator(_new_or_existing)] = None
+    path: Path | None = None
     durability: Literal["memory", "commit", "fsync"] = "commit"
     recovery_target_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 1.0
     keep_bytes: Bytes = 0
     keep_s: Seconds = 0.0
     warn_free_bytes: Bytes = 1024 * 1024 * 1024
 
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the path, which ends in .instep, is that of the only file; any other path is a folder's."""
+        return self.path is not None and self.path.name.endswith(".instep")
+
     @model_validator(mode="after")
-    def _has_a_file(self) -> Self:
-        if self.file is None:
+    def _has_a_path(self) -> Self:
+        if self.path is None:
             asked = {"keep_bytes": self.keep_bytes, "keep_s": self.keep_s, "durability": self.durability == "fsync"}
             _agree(f"recording.{key}: {NO_RECORDING}" for key, is_asked in asked.items() if is_asked)
         return self
@@ -308,13 +309,14 @@ class Config(Section):
 
     def of_shard(self, number: int) -> Config:
         """That of one of several servers: the next ports in a row, or ipc://PATH.NUMBER, and folders for recordings."""
-        endpoint, file = self.transport.endpoint, self.recording.file
+        endpoint, folder = self.transport.endpoint, self.recording.path
         place, _, port = endpoint.rpartition(":")
         if endpoint.startswith("ipc:"):
             endpoint = f"{endpoint}.{number}"
         elif port.isdecimal():
             endpoint = f"{place}:{int(port) + number}"
-        return self.with_values({"transport.endpoint": endpoint, "recording.file": file and file / f"shard-{number}"})
+        folder = folder and folder / f"shard-{number}"
+        return self.with_values({"transport.endpoint": endpoint, "recording.path": folder})
 
     @property
     def node_transport(self) -> TransportConfig:
@@ -323,7 +325,14 @@ class Config(Section):
         return self.transport.model_copy(update={"key_file": own})
 
     @model_validator(mode="after")
-    def _verifies_what_is_recorded(self) -> Self:
-        if self.verify.live and self.recording.file is None:
-            raise ValueError(f"verify.live: {NO_RECORDING}")
+    def _fits_its_recording(self) -> Self:
+        _agree(self._contradictions())
         return self
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.verify.live and self.recording.path is None:
+            yield f"verify.live: {NO_RECORDING}"
+        if self.recording.is_one_file and self.model.on_reload != "keep":
+            yield f"model.on_reload: {ONE_FILE}"
+        if self.recording.is_one_file and len(self.model.folders) > 1:
+            yield f"recording.path: {ONE_FILE}"

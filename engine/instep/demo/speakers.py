@@ -63,7 +63,7 @@ def run(out: Path, console: Console, *, speed: float = 1.0, keep: bool = False) 
 
 
 def _run(out: Path, console: Console, speed: float, keep: bool) -> int:
-    recording, picture = out / "speakers.recording", out / "speakers.png"
+    recording, picture = out / "speakers.instep", out / "speakers.png"
     out.mkdir(parents=True, exist_ok=True)
     for suffix in ("", "-wal", "-shm"):  # the engine never writes over a recording by itself
         recording.with_name(recording.name + suffix).unlink(missing_ok=True)

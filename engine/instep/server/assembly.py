@@ -83,7 +83,7 @@ def _make_server(
     is_only = len(prepared) == 1
     planned: list[Planned] = []
     for model in prepared:
-        planned += plan(config, model, log_of(model.model.name, log, is_only=is_only), is_only=is_only)
+        planned += plan(config, model, log_of(model.model.name, log, is_only=is_only))
     planned.sort(key=lambda each: bool(each.kept_as))
 
     # Memory, and the processes that share it: before the socket, whose threads must not be forked.

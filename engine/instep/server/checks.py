@@ -29,7 +29,7 @@ from instep.recording.lock import check_not_written
 from instep.runtime.executor import usable_cores
 from instep.security.authenticator import MAX_FILES
 from instep.security.keys import ServerKeys
-from instep.server.recording_files import check_several, shards_in
+from instep.server.recording_files import check_folder, nearest_folder, shards_in
 from instep_client.protocol.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -67,9 +67,6 @@ def before_loading(config: Config, *, restart: bool = False, shards: int = 1, co
     if problems := list(_shards(config, shards, copies)):
         yield from problems
         return
-    folder = config.recording.file
-    if folder is not None and shards > 1 and not folder.is_dir():  # it is made at the start
-        config = config.with_values({"recording.file": folder.parent})
     for check in (_folders, _recording, _audit, _secrets, _memory, _disk, _cores, _open_files):
         yield from check(config)
     yield from _ports(config, shards)
@@ -134,10 +131,7 @@ def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool
         _rehearse_server(config, prepared, log)
         return
     for number in range(shards):
-        own = config.of_shard(number)
-        if own.recording.file is not None and not own.recording.file.is_dir():  # nothing is recorded yet
-            own = own.with_values({"recording.file": None})
-        _rehearse_server(own, prepared, log.bind(shard=number))
+        _rehearse_server(config.of_shard(number), prepared, log.bind(shard=number))
 
 
 def _rehearse_server(config: Config, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger) -> None:
@@ -153,7 +147,7 @@ def _rehearse_server(config: Config, prepared: Sequence[Prepared], log: structlo
             description = each.network.description
             effective_limits(config, description.features, description.outputs)
             of_model = log_of(each.model.name, log, is_only=is_only)
-            if (versions := find_recording(config, each, of_model, is_only=is_only)) is not None:
+            if (versions := find_recording(config, each, of_model)) is not None:
                 _look_through(versions.file, config, each, of_model)
         Router(config.transport, ServerKeys.read(config.transport)).close()
         if (listener := bind(config.http, log)) is not None:
@@ -206,7 +200,7 @@ def _file_limits() -> tuple[int, int]:
 
 def _shards(config: Config, shards: int, copies: int) -> Iterator[Finding]:
     """Check that endpoint and folder fit this number of shards. If they do not, nothing else can be checked."""
-    endpoint, http, folder = config.transport.endpoint, config.http.endpoint, config.recording.file
+    endpoint, http, folder = config.transport.endpoint, config.http.endpoint, config.recording.path
     recorded = 0 if folder is None else shards_in(folder)
     if folder is not None and (copies or recorded == 1 < shards) and any(folder.glob(f"*{SUFFIX}")):
         what = f"{folder} has the recording of a server without shards"
@@ -216,9 +210,9 @@ def _shards(config: Config, shards: int, copies: int) -> Iterator[Finding]:
         yield Finding("problem", what, "a stream would be looked for in the wrong one")
     if shards + copies == 1:
         return
-    if folder is not None and (folder.suffix == SUFFIX or not (folder if folder.exists() else folder.parent).is_dir()):
-        what = f"recording.file {folder} is not a folder"
-        yield Finding("problem", what, "each shard records into a folder in it: name one")
+    if config.recording.is_one_file:
+        what = f"recording.path {folder} is one file"
+        yield Finding("problem", what, "each shard has its own: name a folder, which is made")
     if endpoint.startswith("tcp:"):
         port = endpoint.rpartition(":")[2]
         count = shards + copies
@@ -238,20 +232,21 @@ def _folders(config: Config) -> Iterator[Finding]:
 
 
 def _recording(config: Config) -> Iterator[Finding]:
-    place = config.recording.file
+    place = config.recording.path
     if place is None:
         return
     folders = [folder for _, folder in config.model.folders]
     around = [os.path.realpath(place), *map(str, Path(os.path.realpath(place)).parents)]
     if inside := [folder for folder in folders if os.path.realpath(folder) in around]:
-        what = f"recording.file {place} is in the model folder {inside[0]}"
+        what = f"recording.path {place} is in the model folder {inside[0]}"
         yield Finding("problem", what, "name a place outside it for the recording")
         return
     try:
-        check_several(place, is_only=len(folders) < 2)
-        if not os.path.isdir(place):
+        if config.recording.is_one_file:
             check_place(place)
             check_file(place)
+        else:
+            check_folder(place)
     except RecordingError as error:
         yield Finding("problem", with_advice(error), "")
 
@@ -312,14 +307,13 @@ def _memory(config: Config) -> Iterator[Finding]:
 
 
 def _disk(config: Config) -> Iterator[Finding]:
-    file = config.recording.file
-    folder = None if file is None else file if os.path.isdir(file) else file.parent
-    if folder is None or not folder.is_dir():
+    if config.recording.path is None:
         return
+    folder = nearest_folder(config.recording.path)
     kind = _file_system(folder)
     if kind.startswith(_NETWORK):
         what = f"the recording is on a network file system ({kind}), where SQLite's WAL can be damaged"
-        cure = "put recording.file on a local disk, and copy finished recordings: instep recordings cut FILE COPY"
+        cure = "put recording.path on a local disk, and copy finished recordings: instep recordings cut FILE COPY"
         yield Finding("warning", what, cure)
     free = os.statvfs(folder)
     if (free_bytes := free.f_bavail * free.f_frsize) < config.recording.warn_free_bytes:
@@ -369,8 +363,7 @@ def _look_through(path: Path, config: Config, prepared: Prepared, log: structlog
     from instep.replay.recovery import look_through
     from instep.server.recordings import recording_header
 
-    check_place(path)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not os.access(path if path.exists() else nearest_folder(path), os.W_OK):
         raise RecordingError(f"{path} cannot be written: give this user the right to, or name another file")
     if not path.is_file() or not path.stat().st_size:
         log.info("would record", file=str(path), durability=config.recording.durability)

@@ -16,7 +16,7 @@ import numpy as np
 import structlog
 
 from instep.config import Config, ModelConfig
-from instep.config.sections import StreamPolicy
+from instep.config.sections import ONE_FILE, StreamPolicy
 from instep.core.typing import I64, U8
 from instep.frontends.models import Served
 from instep.models.errors import ModelError
@@ -282,6 +282,8 @@ class Loader:
             for model, folder in found:
                 if model.name not in served or served[model.name].about.fingerprint != model.fingerprint:
                     at, log = f"{model.name!r}: ", self._log.bind(model=model.name)
+                    if config.recording.is_one_file:
+                        raise CannotServe(ONE_FILE)
                     prepared = await self._thread.do(partial(prepare_loaded, config, model, folder, log))
                     if model.name in served:
                         self._check_swap(config, prepared)
@@ -331,7 +333,7 @@ class Loader:
         """Serve another model, and former versions of it that keep their streams."""
         log = self._log.bind(model=prepared.model.name)
         with ExitStack() as undo:
-            planned = await self._thread.do(partial(plan, config, prepared, log, is_only=False))
+            planned = await self._thread.do(partial(plan, config, prepared, log))
             made = [await self._make(config, each, undo) for each in planned]
             for each in made:
                 self._record(each)
@@ -346,11 +348,10 @@ class Loader:
             RecordingError, CannotServe: with a sentence.
         """
         policy, former = StreamPolicy.parse(config.model.on_reload), self._server.models.find(prepared.model.name).info
-        file = recording_file(config, former.model, is_only=False)
         kept_as = _kept_as(policy, former)
         if kept_as in [service.name for service in self._server.services]:
             raise CannotServe(f"{kept_as!r} has connections or streams left from an earlier reload: close them")
-        if policy.word == "replay" and file is None:
+        if policy.word == "replay" and config.recording.path is None:
             raise CannotServe("frames are replayed from a recording, and there is none: use another model.on_reload")
         check_sizes(former, prepared.network, allowed=config.model.allow_other_sizes)
         check_policy(policy, former, former.state, prepared.network)
@@ -366,7 +367,7 @@ class Loader:
         policy, log = StreamPolicy.parse(config.model.on_reload), self._log.bind(model=name)
         former = self._server.models.find(name)
         kept_as = _kept_as(policy, former.info)
-        first = recording_file(config, name, is_only=False)
+        first = recording_file(config, name)
         planned = Planned(prepared, log, None if first is None else next_recording(first))
         with ExitStack() as undo:
             made = await self._make(config, planned, undo, None if kept_as else former.service)

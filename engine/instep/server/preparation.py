@@ -71,7 +71,7 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool 
         loaded = load_models(config.model.folders)
         is_only = len(loaded) == 1
         for model, _ in loaded:
-            if (file := recording_file(config, model.name, is_only=is_only)) is not None:
+            if (file := recording_file(config, model.name)) is not None:
                 for each in recordings(file):
                     check_not_written(each)
         if restart and find_device(config.engine.device).type != "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 import shlex
 from dataclasses import dataclass
@@ -24,30 +25,34 @@ _MOST_BYTES: Final = 200
 """The longest file name, because SQLite and the lock append suffixes."""
 
 
-def recording_file(config: Config, name: str, *, is_only: bool) -> Path | None:
+def recording_file(config: Config, name: str) -> Path | None:
     """The recording of the first version of a model; None if nothing is recorded.
 
-    This is recording.file or, if that is a folder, NAME.instep in it. With several models it must be a folder.
+    This is recording.path if that ends in .instep, and otherwise NAME.instep in the folder recording.path.
 
     Raises:
-        RecordingError: when several models would share one file, or the name is not a valid file name.
+        RecordingError: when the name is not a valid file name.
     """
-    place = config.recording.file
-    if place is None or (is_only and not place.is_dir()):
-        return place
-    check_several(place, is_only=is_only)
+    path = config.recording.path
+    if path is None or config.recording.is_one_file:
+        return path
     if "/" in name or len(name.encode()) > _MOST_BYTES or re.search(r"@[0-9]+$", name):  # as a later version's file
         raise RecordingError(f"the model's name {name!r} cannot be a file's name: give the model another one")
-    return place / f"{name}{SUFFIX}"
+    return path / f"{name}{SUFFIX}"
 
 
-def check_several(place: Path, *, is_only: bool) -> None:
-    """Raise RecordingError if several models would share one file."""
-    if not is_only and not place.is_dir():
-        raise RecordingError(
-            f"{place} is not a folder, and each of several models, or versions of one, is recorded in a file of its "
-            "own: start the server with --record FOLDER, a folder that exists"
-        )
+def check_folder(path: Path) -> None:
+    """Raise RecordingError if a folder for recordings is not there and cannot be made."""
+    nearest = next(each for each in (path, *path.parents) if os.path.lexists(each))
+    if not nearest.is_dir():
+        raise RecordingError(f"{nearest} is not a folder, and the path of a single file ends in {SUFFIX}: name another")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RecordingError(f"{path} cannot be written: give this user the right to, or name another folder")
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder, or the nearest one around it that exists."""
+    return next(each for each in (path, *path.parents) if os.path.isdir(each))
 
 
 def shards_in(folder: Path) -> int:

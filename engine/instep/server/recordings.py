@@ -98,19 +98,17 @@ def use(*policies: str) -> str:
     return f"use `model.on_reload: {'` or `'.join(policies)}`"
 
 
-def find_recording(
-    config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, *, is_only: bool
-) -> Versions | None:
+def find_recording(config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger) -> Versions | None:
     """The recording of the version to serve, and those of earlier versions; None without recordings.
 
     Raises:
         RecordingError: as `recording_file` and `find_versions`.
         CannotServe: when streams of an earlier version cannot continue in this one as `model.on_reload` says.
     """
-    first = recording_file(config, prepared.model.name, is_only=is_only)
+    first = recording_file(config, prepared.model.name)
     if first is None:
         return None
-    if first == config.recording.file:  # there is no place for another version
+    if config.recording.is_one_file:
         return Versions(first, None, [])
     versions = find_versions(first, prepared.model.fingerprint, log)
     policy = StreamPolicy.parse(config.model.on_reload)
@@ -138,7 +136,7 @@ class Planned:
     """The name of a former version that keeps its streams."""
 
 
-def plan(config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, *, is_only: bool) -> list[Planned]:
+def plan(config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger) -> list[Planned]:
     """Plan a model, and former versions of it that keep their streams.
 
     If a server was killed during a change, the change is first completed in the recordings.
@@ -146,7 +144,7 @@ def plan(config: Config, prepared: Prepared, log: structlog.stdlib.BoundLogger, 
     Raises:
         RecordingError, CannotServe: as `find_recording`.
     """
-    versions = find_recording(config, prepared, log, is_only=is_only)
+    versions = find_recording(config, prepared, log)
     if versions is None:
         return [Planned(prepared, log)]
     for former in versions.formers:
@@ -208,6 +206,11 @@ def open_recording(
     path, header, log = service.file, recording_header(foundation.prepared, config), service.log
     assert path is not None
     retention = Retention(config.recording.keep_bytes, round(config.recording.keep_s * 1e9))
+    if not config.recording.is_one_file:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecordingError(f"the folder {path.parent} cannot be made: {error.strerror}") from None
     check_place(path)
     if holds_nothing(path):
         remove_database(path)

@@ -105,7 +105,7 @@ def max_light_batch(config: Config, forks: bool) -> int:
 
     It does so if a stepping process would share its cores.
     """
-    steps_inline = forks and config.recording.file is None and usable_cores() <= _FEW_CORES
+    steps_inline = forks and config.recording.path is None and usable_cores() <= _FEW_CORES
     return min(_LIGHT_BATCH, config.engine.max_batch_size) if steps_inline else 0
 
 
@@ -115,7 +115,7 @@ def busy_poll_ns(config: Config) -> int:
     (Intel Xeon with 2 cores, GRU 40→128, 64 streams at 50 Hz, recorded: p99 8.7 ms with polling, 7.1 ms without; the
     median of a single stream in closed loop is the same.)
     """
-    has_no_core = config.recording.file is not None and usable_cores() <= _FEW_CORES
+    has_no_core = config.recording.path is not None and usable_cores() <= _FEW_CORES
     return 0 if has_no_core else _BUSY_POLL_NS
 
 
@@ -270,7 +270,7 @@ def _about(config: Config, foundation: Foundation) -> About:
         features=prepared.network.description.features,
         outputs=prepared.network.description.outputs,
         max_streams=config.engine.max_streams,
-        durability="memory" if config.recording.file is None else config.recording.durability,
+        durability="memory" if config.recording.path is None else config.recording.durability,
     )
 
 

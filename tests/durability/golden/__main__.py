@@ -111,11 +111,11 @@ async def write(folder: Path) -> None:
     """Write the recording, and what its clients know."""
     model = load_model(MODEL_FOLDER) if MODEL_FOLDER.exists() else make_golden_model(MODEL_FOLDER)
     clients, rng = Clients(), np.random.default_rng(1)
-    first, second, third = (folder / name for name in ("first.db", "second.db", "third.db"))
+    first, second, third = (folder / name for name in ("first.instep", "second.instep", "third.instep"))
     zeros, short = np.zeros((2, 1, HIDDEN), np.float32), (rng.integers(-3, 4, (3, 1, HIDDEN)) / 4).astype(np.float32)
 
     gate = Gate()
-    recording = {"file": first, "recovery_target_s": 1e-6}
+    recording = {"path": first, "recovery_target_s": 1e-6}
     async with running(model, stepper=gate.stepper, recording=recording) as server:
         async with RawClient(server.endpoint) as client:
             await client.hello()
@@ -132,7 +132,7 @@ async def write(folder: Path) -> None:
             await clients.send_and_be_killed(client, server, "plain", first, second)
             gate.open()
 
-    async with running(model, recording={"file": second}, transport={"heartbeat_s": 0.05}) as server:
+    async with running(model, recording={"path": second}, transport={"heartbeat_s": 0.05}) as server:
         async with RawClient(server.endpoint) as client:
             await client.hello()
             names = ["plain", "given", "fork"]
@@ -146,7 +146,7 @@ async def write(folder: Path) -> None:
             await asyncio.sleep(0.01)
 
     gate = Gate()
-    async with running(model, stepper=gate.stepper, recording={"file": second}) as server:
+    async with running(model, stepper=gate.stepper, recording={"path": second}) as server:
         async with RawClient(server.endpoint) as client:
             await client.hello()
             await clients.resume(client, ["plain", "late"], take_over=True)

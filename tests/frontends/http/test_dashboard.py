@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def serving(folder: Path, address: str = "127.0.0.1:0") -> WarmServer:
-    settings = [f"recording.file={folder.with_suffix('.instep')}", "transport.heartbeat_s=0.5"]
+    settings = [f"recording.path={folder.with_suffix('.instep')}", "transport.heartbeat_s=0.5"]
     return WarmServer(folder, ["--http", address, *(part for each in settings for part in ("--set", each))])
 
 

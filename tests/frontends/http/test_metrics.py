@@ -54,7 +54,7 @@ def buckets(families: Mapping[str, Family], name: str) -> list[tuple[float, floa
 
 async def test_what_was_sent_is_what_is_scraped(rng: np.random.Generator, tmp_path: Path) -> None:
     async with (
-        running(SMALL, recording={"file": tmp_path / "r.instep"}, engine={"max_streams": 9}) as server,
+        running(SMALL, recording={"path": tmp_path / "r.instep"}, engine={"max_streams": 9}) as server,
         RawClient(server.endpoint) as client,
     ):
         await client.hello()

@@ -40,7 +40,7 @@ async def until(http: httpx.AsyncClient, count: int, **asked: Any) -> None:
 
 async def test_each_state_has_its_record(tmp_path: Path) -> None:
     sections = {
-        "recording": {"file": tmp_path / "r.instep"},
+        "recording": {"path": tmp_path / "r.instep"},
         "transport": {"heartbeat_s": 0.1},
         "limits": {"hibernate_after_s": 0.0, "max_parked_streams": 2, "park_s": 100.0, "max_idle_s": 50.0},
     }

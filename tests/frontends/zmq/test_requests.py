@@ -86,7 +86,7 @@ async def test_a_vanished_connection_is_noticed_and_its_streams_are_parked_and_r
 async def test_more_requests_than_may_be_under_way_are_refused_while_a_commit_takes_long(
     tmp_path: Path,
 ) -> None:
-    recording = {"file": tmp_path / "r.instep", "durability": "commit"}
+    recording = {"path": tmp_path / "r.instep", "durability": "commit"}
     async with held_commits() as may_commit, running(SMALL, recording=recording) as server:
         async with RawClient(server.endpoint) as client:
             await client.hello()

@@ -76,7 +76,7 @@ async def test_messages_into_a_server_whose_disk_stalls_and_a_hang_up_end_nothin
     """With ZeroMQ heartbeats, or unread messages behind which the peer hangs up, libzmq 4.3.5 ends the process."""
     x = random_frames(rng, 1)
     monkeypatch.setattr(recordings, "QUEUE_BATCHES", 2)
-    recording = {"file": tmp_path / "r.instep"}
+    recording = {"path": tmp_path / "r.instep"}
     transport = {"heartbeat_s": 0.5}
     async with held_commits() as may_commit, running(SMALL, recording=recording, transport=transport) as server:
         async with RawClient(server.endpoint) as other:
