@@ -266,7 +266,9 @@ def agent(
     given: Given,
     *,
     directory: DirectoryAt = DIRECTORY_ENDPOINT,
-    name: Annotated[str, typer.Option(metavar="NODE", help="The node's name. Default: that of this machine.")] = "",
+    name: Annotated[
+        str, typer.Option(metavar="NODE", help="Its name. Default: that of its key, or of the machine.")
+    ] = "",
     host: Annotated[str, typer.Option(metavar="HOST", help="Where others reach it. Default: as in --endpoint.")] = "",
 ) -> None:
     """Run the agent of a node: it starts the servers and copies that the directory assigns to it.

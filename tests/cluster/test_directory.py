@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from instep.cluster.agent import node_name
 from instep.cluster.directory import Directory, DirectoryClient
 from instep.cluster.rules import ShardRole
 from instep.cluster.talk import Caller, Rejected
-from instep.config import load_config
+from instep.config import TransportConfig, load_config
 from instep.program import app
 from instep.server.checks import CannotServe
 from instep_client.key_files import read_client_keys
@@ -204,6 +205,19 @@ def test_a_key_proves_the_name_of_a_node(tmp_path: Path) -> None:
             ring.peers_file.write_text("[")
             directory.admit(ring.peers_file)
             assert command(directory, "status", **keys).exit_code == 1  # nobody serves
+
+
+def test_a_node_has_the_name_of_its_key(tmp_path: Path) -> None:
+    ring = KeyRing(tmp_path, n1={"role": "node"})
+
+    def named(name: str, key: str) -> str:
+        keys = TransportConfig(key_file=tmp_path / f"{key}.key_secret", peers_file=ring.peers_file)
+        return node_name(name, keys)
+
+    assert [named("", "n1"), named("n1", "n1"), node_name("n2", TransportConfig())] == ["n1", "n1", "n2"]
+    for name, key in (("n2", "n1"), ("", "server")):
+        with pytest.raises(CannotServe):
+            named(name, key)
 
 
 def test_operators_see_shards_and_nodes_and_change_what_they_may(tmp_path: Path) -> None:

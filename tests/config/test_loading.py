@@ -172,6 +172,21 @@ def test_wrong_values_are_named(tmp_path: Path, section: str, key: str, value: o
 
 
 @pytest.mark.parametrize(
+    ("path", "text", "words"),
+    [
+        ("limits.park_s", "abc", "a number of seconds, not 'abc'"),
+        ("recording.keep_bytes", "3 GB", "a whole number of bytes, not '3 GB'"),
+        ("engine.max_queue_delay_us", "-1", "microseconds"),
+        ("verify.live", "perhaps", "true or false"),
+        ("log.format", "xml", "'json'"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_its_type_and_unit(path: str, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(None, {path: text})
+
+
+@pytest.mark.parametrize(
     "text",
     [
         *(

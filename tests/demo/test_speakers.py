@@ -42,7 +42,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Shown:
     """The whole demo, four times as fast, in a folder that an earlier one has used."""
     out = tmp_path_factory.mktemp("demo") / "out"
     out.mkdir()
-    for name in ("speakers.instep", "speakers.recording-wal", "speakers.recording-shm", "speakers.png", "mine"):
+    for name in ("speakers.instep", "speakers.instep-wal", "speakers.instep-shm", "speakers.png", "mine"):
         (out / name).write_text("from before")
     file = io.StringIO()
     with pytest.MonkeyPatch.context() as patched:

@@ -241,7 +241,7 @@ async def test_a_full_tmpfs_ends_the_process_with_status_1_and_with_more_room_or
     with pytest.raises(CannotServe, match="No space left on device; make room, or copy the recording and its -wal"):
         async with running(SMALL, recording={"path": path}):
             pass
-    for file in (path, path.with_name("r.db-wal")):
+    for file in (path, path.with_name("r.instep-wal")):
         shutil.copy(file, tmp_path)
     async with running(SMALL, recording={"path": tmp_path / path.name}) as server:
         await assert_goes_on(server, copy.deepcopy(given))

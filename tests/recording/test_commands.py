@@ -68,8 +68,7 @@ def test_info_shows_what_it_is(tmp_path: Path) -> None:
         "streams": "2",
         "open streams": "1",
         "frames": "11",
-        "checkpoint position": "9",
-        "last position": "17",
+        "trimmed": "never",
     }
     assert {name: shown[name].strip() for name in expected} == expected
     assert said(commands.info, tmp_path / "nothing.rec")[0] == 2

@@ -141,7 +141,7 @@ async def test_a_recording_that_fails_ends_the_server_with_a_reason_and_nothing_
         raise OSError("disk full, injected")
 
     recording = {"path": tmp_path / "r.instep"}
-    failure = f"the recording {recording['file']} failed: disk full, injected"
+    failure = f"the recording {recording['path']} failed: disk full, injected"
     ends = verb.endswith("checkpoint")
     async with running(SMALL, recording=recording, failure=failure) as server, RawClient(server.endpoint) as client:
         await client.hello()

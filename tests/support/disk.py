@@ -187,8 +187,8 @@ def lay_out(folder: Path, files: dict[str, bytes]) -> Path:
     """Write what a disk held into a folder, by the ends of their names; the path of the recording."""
     folder.mkdir(exist_ok=True)
     for suffix, contents in files.items():
-        (folder / f"r.db{suffix}").write_bytes(contents)
-    return folder / "r.db"
+        (folder / f"r.instep{suffix}").write_bytes(contents)
+    return folder / "r.instep"
 
 
 def after_power_loss(operations: Sequence[Operation], rng: np.random.Generator) -> dict[str, bytes]:

@@ -32,16 +32,18 @@ from instep.cluster.directory import DirectoryClient
 from instep.cluster.rules import ShardRole
 from instep.cluster.shards import claim, folder_of_sockets
 from instep.cluster.talk import Caller, NoAnswer, Rejected, keys_for
-from instep.config import Config, ConfigError
+from instep.config import Config, ConfigError, TransportConfig
 from instep.frontends import CannotListen
 from instep.frontends.shards import Shard
 from instep.interrupts import ENDINGS, signal_name
 from instep.recording.errors import RecordingError
 from instep.security.keys import ServerKeys
+from instep.security.principals import Principals
 from instep.server.checks import CannotServe, before_loading
 from instep.server.log import make_log
 from instep.server.serve import Kept, Launch, ServiceManager, has_terminal, launching, serve_one
 from instep.server.supervisor import MOST_RESTARTS, WITHIN_S, become_child, ended_processes
+from instep_client.key_files import read_key_pair
 from instep_client.protocol.errors import InvalidInput
 from instep_client.protocol.wire import ShardTable
 
@@ -404,6 +406,23 @@ def _as_table(terms: list[int], endpoints: list[str]) -> ShardTable:
     return ShardTable(np.array(terms, np.uint64), tuple(endpoints))
 
 
+def node_name(name: str, transport: TransportConfig) -> str:
+    """The name of the node's key, which `name` must be if it is given; without keys `name`, or that of the machine.
+
+    Raises:
+        CannotServe: the key has another name, or none.
+        InvalidInput: a file of keys cannot be used.
+    """
+    if transport.key_file is None or transport.peers_file is None:
+        return name or socket.gethostname()
+    peer = Principals.read(transport.peers_file).by_key.get(read_key_pair(transport.key_file)[0])
+    if peer is None:
+        raise CannotServe(f"transport.peers_file {transport.peers_file} does not have the key {transport.key_file}")
+    if name not in ("", peer.name):
+        raise CannotServe(f"{transport.key_file} is the key of {peer.name}: leave out --name {name}, or use its key")
+    return peer.name
+
+
 def run(config: Config, reread: Callable[[], Config], directory: str, name: str, host: str) -> int:
     """Run the agent until SIGTERM or SIGINT; return the exit status.
 
@@ -411,7 +430,7 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
         CannotServe, InvalidInput: it cannot start.
     """
     endpoint, folder = config.transport.endpoint, config.recording.path
-    name, directory = name or socket.gethostname(), f"tcp://{directory.removeprefix('tcp://')}"
+    name, directory = node_name(name, config.node_transport), f"tcp://{directory.removeprefix('tcp://')}"
     place = re.fullmatch(r"tcp://(.+):([0-9]+)", endpoint)
     host, port = (host, 0) if place is None else (host or place[1], int(place[2]))
     if not port or host in ("*", "0.0.0.0", "[::]"):

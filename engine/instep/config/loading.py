@@ -29,6 +29,11 @@ _PLACES: Final = tuple(key for key, field in _FIELDS.items() if "Path" in repr(f
 """Keys whose values are paths."""
 
 
+_KINDS: Final[dict[Any, str]] = {bool: "true or false", int: "a whole number", float: "a number"}
+_UNITS: Final = {"us": "microseconds", "s": "seconds", "size": "streams"}
+"""Units of numbers by the last word of the key, where that is not the unit itself."""
+
+
 class ConfigError(Exception):
     """The configuration cannot be used.
 
@@ -203,8 +208,18 @@ def _lines(found: ErrorDetails, sources: Mapping[str, str]) -> list[str]:
     elif found["type"] == "extra_forbidden":
         message = f"there is no such key; {_did_you_mean(path, KEYS)}"
     elif found["type"] != "value_error":
-        message = f"{message}, not {found['input']!r:.60}"
+        message = f"expected {_expected(path, message)}, not {found['input']!r:.60}"
     return [f"{path} ({sources[path]}): {message}"]
+
+
+def _expected(path: str, message: str) -> str:
+    """A valid value in words, such as `a number of seconds, greater than 0`."""
+    rest, kind = message.removeprefix("Input should be "), _KINDS.get(path in _FIELDS and _FIELDS[path].annotation)
+    if kind is None:
+        return rest if path in _FIELDS else "keys with values"
+    unit = path.rpartition("_")[2]
+    words = kind if kind == _KINDS[bool] else f"{kind} of {_UNITS.get(unit, unit)}"
+    return f"{words}, {rest}" if "than" in rest else words
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -102,8 +102,9 @@ def look_over(path: Path) -> dict[str, Any]:
 
 
 def facts(found: Mapping[str, Any]) -> dict[str, str]:
-    """The result of `look_over` as text."""
-    return {name.replace("_", " "): f"{value:,}" if isinstance(value, int) else value for name, value in found.items()}
+    """The result of `look_over` as text, without positions."""
+    shown = {name.replace("_", " "): value for name, value in found.items() if not name.endswith("position")}
+    return {name: f"{value:,}" if isinstance(value, int) else value or "never" for name, value in shown.items()}
 
 
 def recordings_in(folder: Path) -> list[Path]:

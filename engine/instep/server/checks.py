@@ -263,8 +263,10 @@ def _ports(config: Config, shards: int) -> Iterator[Finding]:
         endpoint = config.of_shard(number).transport.endpoint
         family = socket.AF_INET6 if "[" in endpoint else socket.AF_INET  # of a name, ZeroMQ takes the address of IPv4
         if endpoint.startswith("tcp://") and _is_in_use(endpoint.removeprefix("tcp://"), family):
-            what = f"cannot bind {endpoint}: {os.strerror(errno.EADDRINUSE)}; is another server using it?"
-            yield Finding("problem", what if shards == 1 else f"shard {number}: {what}", "")
+            place, _, port = endpoint.rpartition(":")
+            what = f"cannot bind {endpoint}: {os.strerror(errno.EADDRINUSE)}"
+            cure = f"end the server that uses it, or choose another: --endpoint {place}:{int(port) + shards}"
+            yield Finding("problem", what if shards == 1 else f"shard {number}: {what}", cure)
     if http not in (None, DEFAULT) and _is_in_use(http):
         error = cannot_listen(http, OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)))
         yield Finding("problem", str(error), "")
