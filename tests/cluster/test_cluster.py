@@ -9,8 +9,10 @@ import pty
 import re
 import shutil
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -20,11 +22,17 @@ import psutil
 import pytest
 
 from instep.cluster.agent import NodeProcess, received
+from instep.cluster.rules import ShardRole
+from instep.cluster.talk import Listener
+from instep.config import TransportConfig
+from instep.models.folder import write_model
 from instep.server.supervisor import MOST_RESTARTS
 from instep_client import StreamEvicted
 from instep_client.protocol.codes import Code
 from tests.cluster.chaos import run
 from tests.cluster.cluster import DEAD_S, Cluster, ClusterLoad, ClusterNode, names_of
+from tests.support.models import SMALL
+from tests.support.warm import WarmProcess
 
 
 @asynccontextmanager
@@ -113,6 +121,51 @@ async def test_a_frozen_node_answers_nobody_when_it_thaws(tmp_path: Path) -> Non
         gone, alive = await asyncio.to_thread(psutil.wait_procs, servers, 20)
         assert (len(gone), alive) == (len(servers), [])
         await load.progress()
+
+
+@contextmanager
+def directory_of(role: ShardRole, asked: list[str]) -> Iterator[str]:
+    """A directory of one shard that gives every agent this role; it notes what it is asked."""
+    listener = Listener(TransportConfig(endpoint="tcp://127.0.0.1:0"), None)
+    ends = threading.Event()
+
+    def answer_all() -> None:
+        while not ends.is_set():
+            for request in listener.requests(0.1):
+                asked.append(request.verb)
+                listener.answer(request, 1 if request.verb == "shards" else [1, [role], [role.term], [""]])
+        listener.close()
+
+    thread = threading.Thread(target=answer_all)
+    thread.start()
+    try:
+        yield listener.endpoint
+    finally:
+        ends.set()
+        thread.join()
+
+
+def test_a_node_whose_recording_is_of_a_later_term_serves_and_copies_nothing(tmp_path: Path) -> None:
+    write_model(tmp_path / "model", SMALL)
+    folder = tmp_path / "data" / "shard-0"
+    folder.mkdir(parents=True)
+    (folder / "gru.instep").touch()
+    (tmp_path / "data" / "shards").write_text("1")
+    for term, is_server, answers in ((38, True, False), (38, False, False), (3, True, True)):
+        (folder / "complete.json").write_text(json.dumps({"term": term}))
+        asked: list[str] = []
+        role = ShardRole(0, 3, is_server, attempt=1, begun=True)
+        with directory_of(role, asked) as endpoint, (tmp_path / "log").open("w") as log:
+            command = ("agent", str(tmp_path / "model"), "--record", str(tmp_path / "data"), "--name", "n")
+            at = ("--directory", endpoint, "--endpoint", "tcp://127.0.0.1:5999", "--http", "off")
+            agent = WarmProcess(["cluster", *command, *at], output=log.fileno())
+            while asked.count("heard") < 6 and "begins" not in asked:
+                assert agent.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.05)
+            agent.kill()
+            agent.wait()
+        assert ("begins" in asked) == answers
+        assert ("role refused" in (tmp_path / "log").read_text()) != answers
 
 
 async def test_the_directory_away_stops_nothing(tmp_path: Path) -> None:

@@ -168,13 +168,21 @@ class Agent:
         for news in received(self._relay.pipe):
             if isinstance(news, list):
                 self._version, roles, *self._table = news
-                wanted = {role[:3]: role for role in (ShardRole(*each) for each in roles)}
+                wanted = {role[:3]: role for role in (ShardRole(*each) for each in roles) if self._may_have(role)}
                 for former in self._roles.keys() - wanted.keys():
                     self._kill(self._roles.pop(former))
                 for kind, role in wanted.items():
                     self._roles.setdefault(kind, NodeShard(role)).role = role
             elif not self._version:
                 raise CannotServe(news)
+
+    def _may_have(self, role: ShardRole) -> bool:
+        """Whether the recording here is not of a later term: what that server has acknowledged would be lost."""
+        term, _ = self._has.get(role.shard, (0, 0))
+        if term > role.term:
+            reason = f"the recording here has term {term}: the store of the directory is an old one"
+            self.launch.log.error("role refused", shard=role.shard, term=role.term, reason=reason)
+        return term <= role.term
 
     def _say(self) -> None:
         """Give the directory a sign of life, and servers their newest roles and the table."""
@@ -341,6 +349,8 @@ class Agent:
 
     def _serve(self, of: NodeShard, pipe: socket.socket) -> int:
         role, config, log = of.role, self.launch.config, self.launch.log.bind(shard=of.role.shard)
+        if (term := term_of(self._folder_of(role.shard))) > role.term:
+            raise CannotServe(f"the recording of shard {role.shard} has term {term}, and the server term {role.term}")
         table, admin = _as_table(*self._table), self.sockets / str(role.shard)
         place = Shard(role.shard, self.shards, role.term, table, admin=admin)
         directory = DirectoryClient(self._call(self.directory, DIRECTORY), log)
