@@ -28,7 +28,7 @@ def creation(
     disk = Disk(f"creation-{durability}")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("instep.recording.writer.sqlite3", disk)
-        writer = RecordingWriter.create(tmp_path_factory.mktemp(durability) / "r.db", story_header(durability))
+        writer = RecordingWriter.create(tmp_path_factory.mktemp(durability) / "r.instep", story_header(durability))
         operations = list(disk.operations)
         writer.abandon()
     disk.close()

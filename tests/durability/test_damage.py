@@ -43,14 +43,14 @@ class Recorded:
 
 
 def record(folder: Path, rounds: int, *, checkpoint: bool, snapshots: bool = True) -> Recorded:
-    writer = RecordingWriter.create(folder / "r.db", story_header())
+    writer = RecordingWriter.create(folder / "r.instep", story_header())
     story = Story(writer, seed=3, snapshots=snapshots)
     story.tell(rounds)
     if checkpoint:
-        with closing(sqlite3.connect(folder / "r.db")) as database:
+        with closing(sqlite3.connect(folder / "r.instep")) as database:
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     names = ("", "-wal")
-    files = {name: (folder / f"r.db{name}").read_bytes() for name in names if (folder / f"r.db{name}").exists()}
+    files = {name: (folder / f"r.instep{name}").read_bytes() for name in names if (folder / f"r.instep{name}").exists()}
     writer.abandon()
     return Recorded({name: contents for name, contents in files.items() if contents}, writer.position, story)
 
@@ -117,7 +117,7 @@ def test_a_damaged_recording_goes_on_exactly_or_is_refused_with_the_place(
         contents = damage(in_one_file.files[""], rng)
         outcome = restart(tmp_path / str(number), {"": contents}, in_one_file)
         if isinstance(outcome, str):
-            assert "/r.db " in outcome or "/r.db:" in outcome, outcome
+            assert "/r.instep " in outcome or "/r.instep:" in outcome, outcome
             assert PLACE.search(outcome), outcome
             found["refused"] += 1
         else:

@@ -48,7 +48,7 @@ def trace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     disk = Disk(f"power-{durability}")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("instep.recording.writer.sqlite3", disk)
-        path = tmp_path_factory.mktemp(durability) / "r.db"
+        path = tmp_path_factory.mktemp(durability) / "r.instep"
         writer = RecordingWriter.create(path, story_header(durability), limits=DatabaseLimits(wal_bytes=WAL_BYTES))
         began = len(disk.operations)
         story = Story(writer, seed=1)

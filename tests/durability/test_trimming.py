@@ -36,7 +36,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[list[Opera
     disk = Disk("trimming")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("instep.recording.writer.sqlite3", disk)
-        path = tmp_path_factory.mktemp("trimming") / "r.db"
+        path = tmp_path_factory.mktemp("trimming") / "r.instep"
         limits = DatabaseLimits(wal_bytes=300_000, deleted_at_once=5)
         writer = RecordingWriter.create(path, story_header("fsync"), KEPT, limits)
         began = len(disk.operations)

@@ -198,6 +198,9 @@ async def test_a_history_that_is_trimmed_while_the_process_is_stopped_is_told_of
             await group.step(frames(rng, 16, 8))
             await until(lambda: found(server).frames_total + found(server).skipped == engine.stats.frames_total)
             assert found(server).mismatches_total == 0
+            skipped = [line for line in told if line["event"] == "skipped"]
+            assert sum(line["frames"] for line in skipped) == found(server).skipped
+            assert skipped[0]["next"] == f"instep verify {recording['path']}"
     (line,) = (line for line in told if line["event"] == "trimmed unchecked")
     assert line["level"] == "warning"
 

@@ -227,6 +227,9 @@ class LiveVerification:
                 next="keep more of it (recording.keep_bytes, recording.keep_s), or leave the checker more time",
             )
         found.reason, found.has_trimmed = said["unreadable"], said["trimmed"]
+        if (skipped := before.skipped + said["skipped"] - found.skipped) > 0:
+            verify = f"instep verify {shlex.quote(str(each.service.file))}"
+            log.warning("skipped", frames=skipped, reason="the checker has too little time", next=verify)
         found.frames_total = before.frames_total + said["frames"]
         found.mismatches_total = before.mismatches_total + said["mismatches_total"]
         found.skipped = before.skipped + said["skipped"]

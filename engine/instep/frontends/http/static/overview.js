@@ -91,7 +91,7 @@ export class Overview {
     setText("exactness-detail", arithmetic);
 
     badge("verification", ...verificationBadge(verification));
-    setText("verification-detail", verificationDetail(verification));
+    setText("verification-detail", verificationDetail(verification, recording));
 
     const refused = refusals(numbers);
     const total = refused.reduce((sum, [, number]) => sum + number, 0);
@@ -157,13 +157,13 @@ function verificationBadge(verification) {
   }
 }
 
-function verificationDetail(verification) {
+function verificationDetail(verification, recording) {
   const { state, reason, lag_s, skipped } = verification ?? { state: "off" };
   if (state === "off") return reason || "Set verify.live to have the server check its outputs while it serves.";
   if (state === "mismatch") return "The newest one is described above.";
   const parts = [`${duration(lag_s)} behind the newest frames`];
   if (reason) parts.unshift(reason);
-  if (skipped) parts.push(`${count(skipped)} frames not compared`);
+  if (skipped) parts.push(`${count(skipped)} frames not compared: instep verify ${recording.file}`);
   return parts.join("; ");
 }
 
