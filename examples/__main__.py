@@ -1,4 +1,4 @@
-"""`python -m examples NAME`: make the model folder of an example, serve it, compare with the package, verify."""
+"""`python -m examples NAME`: make the model folder of an example, serve it, compare outputs, verify."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Final
 import torch
 from rich.console import Console
 
+from examples import simple_gru
 from examples.beatnet import BEATNET
 from examples.example import LISTENERS, Example, NotInstalled, heard_through_a_server
 from examples.flashvad import FLASHVAD
@@ -24,13 +25,17 @@ EXAMPLES: Final = {"nsnet2": NSNET2, "silero_vad": SILERO_VAD, "flashvad": FLASH
 
 def main() -> int:
     """Run the example that the command line names; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m examples", description="Serve a network of a package from PyPI.")
-    parser.add_argument("name", choices=EXAMPLES)
-    parser.add_argument("--out", type=Path, default=Path("examples-out"), help="where the model and the recording go")
+    parser = argparse.ArgumentParser(prog="python -m examples", description="Serve a network, and compare its outputs.")
+    parser.add_argument("name", choices=["simple-gru", *EXAMPLES])
+    parser.add_argument(
+        "--output", type=Path, default=Path("examples-out"), help="where the model and the recording go"
+    )
     given = parser.parse_args()
     console = Console(highlight=False)
     try:
-        return run(EXAMPLES[given.name], given.out / given.name, console)
+        if given.name == "simple-gru":
+            return simple_gru.main(given.output / given.name, console)
+        return run(EXAMPLES[given.name], given.output / given.name, console)
     except (NotInstalled, ChildFailed) as error:
         console.print(str(error), style="bold red", markup=False)
         return 1

@@ -94,13 +94,18 @@ def sounds_of_listeners(example: Example, sound: F32) -> list[F32]:
     return [sound[number * late :] for number in range(LISTENERS)]
 
 
+def serving(folder: Path, recording: Path) -> ChildServer:
+    """A server of a model folder that records, for a `with` statement."""
+    return ChildServer(folder, ["--record", str(recording)])
+
+
 def heard_through_a_server(example: Example, sound: F32, folder: Path, recording: Path) -> Comparison:
     """Serve a model folder to listeners who all hear one sound, each from another moment on.
 
     Each is a client of its own, and sends one frame at a time. All of them are connected at once.
     """
     sounds = sounds_of_listeners(example, sound)
-    with ChildServer(folder, ["--record", str(recording)]) as server:
+    with serving(folder, recording) as server:
         answers = asyncio.run(_listen(server.endpoint, [example.frames(heard) for heard in sounds]))
     return Comparison(
         exactness=str(server.started["exactness"]),

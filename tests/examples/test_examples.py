@@ -89,7 +89,7 @@ def test_the_page_shows_what_the_command_prints(
     except NotInstalled as missing:
         pytest.skip(str(missing))
     command = re.search(r"^python -m (examples silero_vad)$", PAGE, re.MULTILINE)
-    shown = re.search(r"^```text\n(.*?)…\n(.*?)```$", PAGE, re.MULTILINE | re.DOTALL)
+    shown = re.search(r"^```text\n(examples-out.*?)…\n(.*?)```$", PAGE, re.MULTILINE | re.DOTALL)
     assert command is not None
     assert shown is not None
     monkeypatch.setattr("sys.argv", command[1].split())
