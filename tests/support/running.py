@@ -37,7 +37,7 @@ def prepared(model: Model, device: torch.device = CPU) -> Prepared:
     key = f"{model.fingerprint} {device}"
     if key not in _NETWORKS:
         _NETWORKS[key] = build(model, device)
-    return Prepared(model, Path("model"), _NETWORKS[key], device)
+    return Prepared(model, Path("model"), _NETWORKS[key])
 
 
 def config(**sections: dict[str, Any]) -> Config:

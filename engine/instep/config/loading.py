@@ -11,7 +11,6 @@ from typing import Any, Final
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from instep.config.sections import NO_RECORDING, Config, LogConfig
 
@@ -60,19 +59,6 @@ class UniqueKeyLoader(yaml.SafeLoader):
         return node
 
 
-class _Settings(BaseSettings, Config):
-    """The configuration as pydantic-settings reads it, with the prefix and the nesting of variables."""
-
-    model_config = SettingsConfigDict(env_prefix=_PREFIX, env_nested_delimiter="__")
-
-
-class _Environment(EnvSettingsSource):
-    """Reads `INSTEP_<SECTION>__<KEY>` only, because `INSTEP_MODEL` is not the section `model`."""
-
-    def _load_env_vars(self) -> Mapping[str, str | None]:
-        return {name: text for name, text in super()._load_env_vars().items() if "__" in name}
-
-
 def load_config(file: Path | None = None, flags: Mapping[str, str] | None = None) -> Config:
     """Load the configuration from a YAML file, the environment and flags; later ones override earlier ones.
 
@@ -105,7 +91,8 @@ def explain_config(file: Path | None = None, flags: Mapping[str, str] | None = N
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        problems = [line for each in error.errors(include_url=False) for line in _lines(each, sources)]
+        lines = (line for each in error.errors(include_url=False) for line in _lines(each, sources))
+        problems = list(dict.fromkeys(lines))  # each member of a union has an error
     else:
         asked = sources["recording.durability"]  # a file that repeats the default does not ask for it
         if config.recording.path or config.recording.durability == "memory" or asked in ("default", f"file {file}"):
@@ -130,43 +117,34 @@ def unknown_variables() -> list[str]:
 
 def _given(file: Path | None, flags: Mapping[str, str]) -> Iterator[tuple[str, str, Any]]:
     """Source, `section.key` and value of every given setting, the weakest source first."""
-    for source, document, base in (
-        (f"file {file}", _from_file(file) if file else {}, file.parent if file else Path()),
-        ("", _from_environment(), Path()),
-    ):
-        for name, section in document.items():
-            if not isinstance(section, dict):
-                section = {"": section} if section is not None else {}
-            for key, value in section.items():
-                path = f"{name}.{key}" if key else str(name)
-                yield source or _variable(path), path, _placed(value, base) if path in _PLACES else value
-    for path, text in flags.items():
-        yield "flag", path, _placed(text, Path()) if path in _PLACES else text
+    found = [] if file is None else [(f"file {file}", *each, file.parent) for each in _from_file(file)]
+    for name, text in os.environ.items():
+        section, separator, key = name.removeprefix(_PREFIX).lower().partition("__")
+        if name.startswith(_PREFIX) and separator:  # INSTEP_MODEL is not the section `model`
+            found.append((name, f"{section}.{key}", text, Path()))
+    found += (("flag", *each, Path()) for each in flags.items())
+    return ((source, path, _placed(value, base) if path in _PLACES else value) for source, path, value, base in found)
 
 
 def _variable(path: str) -> str:
     return f"{_PREFIX}{path.replace('.', '__').upper()}"
 
 
-def _from_file(file: Path) -> dict[str, Any]:
+def _from_file(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         with file.open("rb") as stream:
             document = UniqueKeyLoader(stream).get_single_data() or {}
-        return {str(name): section for name, section in document.items()}
+        sections = {str(name): section for name, section in document.items()}
     except OSError as error:
         raise ConfigError([f"file {file}: it cannot be read: {error.strerror}"]) from None
     except Exception as error:  # also PyYAML's KeyErrors and AttributeErrors, of texts that do not fit their tags
         what = _in_a_line(error) if isinstance(error, yaml.YAMLError) else "it holds no sections with keys"
         raise ConfigError([f"file {file}: it is not a configuration in YAML: {what}"]) from None
-
-
-def _from_environment() -> dict[str, Any]:
-    found = _Environment(_Settings)()
-    for name in os.environ:  # pydantic-settings ignores variables of unknown sections
-        section, separator, key = name.removeprefix(_PREFIX).lower().partition("__")
-        if name.startswith(_PREFIX) and separator and section not in Config.model_fields:
-            found[section] = {key: os.environ[name]}
-    return found
+    for name, section in sections.items():
+        if isinstance(section, dict):
+            yield from ((f"{name}.{key}", value) for key, value in section.items())
+        elif section is not None:
+            yield name, section
 
 
 def _in_a_line(error: Exception) -> str:
@@ -207,6 +185,8 @@ def _lines(found: ErrorDetails, sources: Mapping[str, str]) -> list[str]:
         message = f"it is no path: {_in_a_line(found['input'])}"
     elif found["type"] == "extra_forbidden":
         message = f"there is no such key; {_did_you_mean(path, KEYS)}"
+    elif path in _FIELDS and (description := _FIELDS[path].description):
+        message = f"expected {description}"
     elif found["type"] != "value_error":
         message = f"expected {_expected(path, message)}, not {found['input']!r:.60}"
     return [f"{path} ({sources[path]}): {message}"]

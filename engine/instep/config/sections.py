@@ -16,8 +16,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
-    PlainValidator,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -52,27 +50,6 @@ def _checked_device(device: str) -> str:
 
 def _lowered(word: object) -> object:
     return word.lower() if isinstance(word, str) else word
-
-
-def _paths(value: object) -> object:
-    """Parse a path, or several in a list or by name, from text; None stays None."""
-    match value:
-        case str() | Path():
-            return Path(value)
-        case list() | tuple() if value and all(isinstance(each, str | Path) for each in value):
-            return tuple(map(Path, value))
-        case dict() if value and all(isinstance(each, str | Path) for each in value.values()):
-            return {name: Path(each) for name, each in value.items()}
-        case None:
-            return None
-    raise ValueError(f"{value!r:.60} is neither a folder nor several, as [A, B] or {{NAME: A, OTHER: B}}")
-
-
-def _as_text(folder: Path | tuple[Path, ...] | dict[str, Path] | None) -> Any:
-    """The JSON form that `_paths` parses, because pydantic's own serialization warns of several paths."""
-    if isinstance(folder, dict):
-        return {name: str(path) for name, path in folder.items()}
-    return [str(path) for path in folder] if isinstance(folder, tuple) else folder and str(folder)
 
 
 def _agree(contradictions: Iterable[str]) -> None:
@@ -124,9 +101,11 @@ class ModelConfig(Section):
     """The model to serve, or several: a list of their folders, or the folders by the names that the models get."""
 
     folder: Annotated[
-        Path | tuple[Path, ...] | dict[str, Path] | None,
-        PlainValidator(_paths),
-        PlainSerializer(_as_text, when_used="json"),
+        Path
+        | Annotated[tuple[Path, ...], Field(min_length=1)]
+        | Annotated[dict[str, Path], Field(min_length=1)]
+        | None,
+        Field(description="a folder or several, as [A, B] or {NAME: A, OTHER: B}"),
     ] = None
     on_reload: Annotated[str, BeforeValidator(_lowered), AfterValidator(_policy)] = "keep"
     allow_other_sizes: bool = False

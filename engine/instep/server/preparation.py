@@ -40,7 +40,11 @@ class Prepared:
     model: Model
     model_path: Path
     network: RecurrentModel
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the network is."""
+        return self.network.device
 
     @property
     def exactness(self) -> Literal["exact", "tolerance"]:
@@ -80,10 +84,8 @@ def prepare(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool 
                 "them out, and let systemd restart the server"
             )
         check_arithmetic()
-        networks = [_network(config, model, log_of(model.name, log, is_only=is_only)) for model, _ in loaded]
         return [
-            Prepared(model, path, network, network.device)
-            for (model, path), network in zip(loaded, networks, strict=True)
+            prepare_loaded(config, model, folder, log_of(model.name, log, is_only=is_only)) for model, folder in loaded
         ]
     except (ModelError, RecordingError) as error:
         raise CannotServe(with_advice(error)) from None
@@ -95,11 +97,6 @@ def prepare_loaded(config: Config, model: Model, folder: Path, log: structlog.st
     Raises:
         CannotServe, ModelError: with a sentence.
     """
-    network = _network(config, model, log)
-    return Prepared(model, folder, network, network.device)
-
-
-def _network(config: Config, model: Model, log: structlog.stdlib.BoundLogger) -> RecurrentModel:
     network = build(model, find_device(config.engine.device))
     if config.engine.device.startswith("cuda") and network.device.type == "cpu":
         kind = model.description.kind
@@ -108,7 +105,7 @@ def _network(config: Config, model: Model, log: structlog.stdlib.BoundLogger) ->
         log.info("compiled", arithmetic=IN_WORDS)
     else:
         log.warning("not exact", reason=_ON_GPU)
-    return network
+    return Prepared(model, folder, network)
 
 
 def log_of(name: str, log: structlog.stdlib.BoundLogger, *, is_only: bool) -> structlog.stdlib.BoundLogger:
