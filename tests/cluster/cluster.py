@@ -201,6 +201,11 @@ class Cluster:
             self._program.wait(_PATIENCE_S)
         self._program = None
 
+    def wait_for_directory(self) -> int:
+        """The exit status, once it has ended by itself."""
+        assert self._program is not None
+        return self._program.wait(_PATIENCE_S)
+
     def ask(self, verb: str, *arguments: Any) -> Any:
         """What the directory answers; an earlier one's connection may be lost."""
         with contextlib.suppress(NoAnswer):

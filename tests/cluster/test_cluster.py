@@ -133,7 +133,7 @@ def directory_of(role: ShardRole, asked: list[str]) -> Iterator[str]:
         while not ends.is_set():
             for request in listener.requests(0.1):
                 asked.append(request.verb)
-                listener.answer(request, 1 if request.verb == "shards" else [1, [role], [role.term], [""]])
+                listener.answer(request, 1 if request.verb == "shards" else [1, 1, [role], [role.term], [""]])
         listener.close()
 
     thread = threading.Thread(target=answer_all)
@@ -193,6 +193,30 @@ async def test_a_directory_that_has_lost_its_store_changes_nothing_by_itself(tmp
         await cluster.until_whole()
         assert all(shard["term"] >= 2 for shard in cluster.status())
         await load.progress()
+
+
+async def test_a_directory_on_an_old_store_ends_and_nothing_changes(tmp_path: Path) -> None:
+    async with under_load(tmp_path) as (cluster, load):
+        cluster.kill_directory()
+        shutil.copytree(tmp_path / "store", tmp_path / "backup")
+        cluster.start_directory()
+        lost = cluster.node(cluster.status()[0]["server"])
+        lost.kill()
+        await load.progress()
+        before = cluster.status()
+        lost.start()
+        await cluster.until_whole()
+        cluster.kill_directory()
+        (tmp_path / "store").rename(tmp_path / "newest")
+        (tmp_path / "backup").rename(tmp_path / "store")
+        cluster.start_directory()
+        assert await asyncio.to_thread(cluster.wait_for_directory) == 2
+        assert "--adopt" in (tmp_path / "directory.log").read_text()
+        await load.progress()
+        shutil.rmtree(tmp_path / "store")
+        cluster.start_directory("--adopt", "n0,n1")
+        await cluster.until_whole()
+        assert all(now["term"] > then["term"] for now, then in zip(cluster.status(), before, strict=True))
 
 
 async def test_moves_and_a_drained_node(tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from instep.cluster.agent import node_name
-from instep.cluster.directory import Directory, DirectoryClient
+from instep.cluster.directory import STORE_FILE, Directory, DirectoryClient
 from instep.cluster.rules import ShardRole
-from instep.cluster.talk import Caller, Rejected
+from instep.cluster.talk import Caller, NoAnswer, Rejected
 from instep.config import TransportConfig, load_config
 from instep.program import app
 from instep.server.checks import CannotServe
@@ -37,7 +37,14 @@ def serving(folder: Path, ring: KeyRing | None = None, **options: Any) -> Iterat
     transport = {f"transport.{key}": str(value) for key, value in (ring.transport if ring else {}).items()}
     config = load_config(None, {"transport.endpoint": "tcp://127.0.0.1:0", "cluster.dead_s": "0.5", **transport})
     directory = Directory(config, folder, LOG, **{"shards": 3, "copies": 1, "adopt": (), **options})
-    thread = threading.Thread(target=directory.run)
+
+    def serve() -> None:
+        try:
+            directory.run()
+        except CannotServe as error:
+            LINES.append({"event": "ended", "reason": str(error)})
+
+    thread = threading.Thread(target=serve)
     thread.start()
     try:
         yield directory
@@ -62,7 +69,8 @@ class Nodes:
 
     def say(self, name: str, **news: Any) -> Any:
         """What the directory answers to a node that says nothing new but `news`."""
-        about = [name, f"127.0.0.1:{5100 if name == 'b' else 5000}", "1", "cpu", []]
+        version, has, revision = news.pop("version", "1"), news.pop("has", []), news.pop("revision", 0)
+        about = [name, f"127.0.0.1:{5100 if name == 'b' else 5000}", version, "cpu", has, revision]
         news = {**NEWS, **news}
         return self.caller(name).ask("heard", about, news, "", within_s=WITHIN_S)
 
@@ -71,7 +79,7 @@ class Nodes:
         deadline = time.monotonic() + WITHIN_S
         while True:
             for name in names:
-                _, roles, *_ = self.say(name) or ("", [])
+                _, _, roles, *_ = self.say(name) or ("", 0, [])
                 self.roles[name] = {role[0]: ShardRole(*role) for role in roles}
             if condition(self.roles):
                 return
@@ -138,27 +146,52 @@ def test_a_store_has_one_directory_and_one_number_of_shards(tmp_path: Path) -> N
     with serving(store), pytest.raises(CannotServe, match="another directory"), serving(store):
         pass
     assert LINES[-1]["event"] == "stopped"
-    shutil.copytree(store, broken)
-    (broken / "shard-1.json").write_text("{")
-    with pytest.raises(CannotServe, match="cannot be read"), serving(broken):
+    broken.mkdir()
+    (broken / STORE_FILE).write_text("a text that is no database, and longer than its header" * 9)
+    with pytest.raises(CannotServe, match=r"cannot be read.*--adopt"), serving(broken):
+        pass
+    (broken / "cluster.json").write_text("{}")
+    with pytest.raises(CannotServe, match=r"earlier version.*--adopt"), serving(broken):
         pass
     with pytest.raises(CannotServe, match="3 shards, not 4"), serving(store, shards=4):
         pass
 
 
 def test_what_cannot_be_stored_is_not_decided(tmp_path: Path) -> None:
-    store, away = tmp_path / "store", tmp_path / "away"
-    with serving(store) as directory, nodes_of(directory) as nodes:
-        shard, other = first_server(nodes, "a"), first_server(nodes, "b")
-        assert DirectoryClient(nodes.caller("b"), LOG).begins(other, 1, "b")  # waits until servers are answered
-        store.rename(away)
-        stored = {file.name: file.read_text() for file in away.glob("*.json")}
-        with pytest.raises(Rejected):
-            nodes.caller("a").ask("begins", shard, 1, "a", within_s=WITHIN_S)
-        assert status(directory)["problem"]
-        assert {file.name: file.read_text() for file in away.glob("*.json")} == stored
-        away.rename(store)
+    with serving(tmp_path) as directory, nodes_of(directory) as nodes:
+        shard = first_server(nodes, "a")
+        with closing(sqlite3.connect(tmp_path / STORE_FILE, isolation_level=None)) as other:
+            stored = other.execute("SELECT * FROM decisions").fetchall()
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(Rejected):
+                nodes.caller("a").ask("begins", shard, 1, "a", within_s=WITHIN_S)
+            assert status(directory)["problem"]
+            assert other.execute("SELECT * FROM decisions").fetchall() == stored
         assert nodes.caller("a").ask("begins", shard, 1, "a", within_s=WITHIN_S)
+
+
+def test_a_store_that_vanishes_ends_the_directory(tmp_path: Path) -> None:
+    with serving(tmp_path) as directory, nodes_of(directory) as nodes:
+        nodes.until(have_servers, "a", "b")
+        (tmp_path / STORE_FILE).unlink()
+        assert "--adopt" in how_it_ended()
+
+
+@pytest.mark.parametrize("news", [{"has": [(0, 38, 1)]}, {"revision": 1000}])
+def test_a_report_that_proves_the_store_old_ends_the_directory(tmp_path: Path, news: dict[str, Any]) -> None:
+    with serving(tmp_path) as directory, nodes_of(directory) as nodes:
+        nodes.until(have_servers, "a", "b")
+        with pytest.raises(NoAnswer):
+            nodes.say("b", **news)
+        assert "--adopt" in how_it_ended()
+
+
+def how_it_ended() -> str:
+    deadline = time.monotonic() + WITHIN_S
+    while LINES[-1]["event"] != "ended":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return str(LINES[-1]["reason"])
 
 
 @pytest.mark.parametrize(
@@ -166,10 +199,11 @@ def test_what_cannot_be_stored_is_not_decided(tmp_path: Path) -> None:
     [
         ("heard", []),
         ("heard", [["a"], {}, ""]),
-        ("heard", [["a", "h:port", "1", "cpu", []], NEWS, ""]),
-        ("heard", [["a", 5, "1", "cpu", []], NEWS, ""]),
-        ("heard", [["a", "h:1", "1", "cpu", [[0, "x", 1]]], NEWS, ""]),
-        ("heard", [["a", "h:1", "1", "cpu", []], {**NEWS, "serves": [[0, 0, 7]]}, ""]),
+        ("heard", [["a", "h:port", "1", "cpu", [], 0], NEWS, ""]),
+        ("heard", [["a", 5, "1", "cpu", [], 0], NEWS, ""]),
+        ("heard", [["a", "h:1", "1", "cpu", [[0, "x", 1]], 0], NEWS, ""]),
+        ("heard", [["a", "h:1", "1", "cpu", [], "x"], NEWS, ""]),
+        ("heard", [["a", "h:1", "1", "cpu", [], 0], {**NEWS, "serves": [[0, 0, 7]]}, ""]),
         ("begins", [-1, 1, "a"]),
         ("begins", [99, 1, "a"]),
         ("dropped", ["x", 1, 1]),
@@ -249,6 +283,23 @@ def test_a_lost_node_is_shown_until_it_is_drained(tmp_path: Path) -> None:
 
 def alive(directory: Directory) -> dict[str, bool]:
     return {node["node"]: node["alive"] for node in status(directory)["nodes"]}
+
+
+def test_a_refused_node_is_shown_with_the_reason(tmp_path: Path) -> None:
+    with serving(tmp_path) as directory, nodes_of(directory) as nodes:
+        nodes.until(have_servers, "a", "b")
+        with pytest.raises(Rejected) as refused:
+            nodes.caller("c").ask("heard", ["c", "h:1", "other", "cpu", [], 0], NEWS, 0, within_s=WITHIN_S)
+        assert {"c": str(refused.value), "a": ""}.items() <= reasons(directory).items()
+        shown = command(directory, "status").stdout
+        assert "refused" in shown
+        assert max(map(len, shown.splitlines())) <= 80
+        nodes.caller("c").ask("heard", ["c", "h:1", "1", "cpu", [], 0], NEWS, 0, within_s=WITHIN_S)
+        assert reasons(directory)["c"] == ""
+
+
+def reasons(directory: Directory) -> dict[str, str]:
+    return {node["node"]: node["refused"] for node in status(directory)["nodes"]}
 
 
 def test_a_shard_that_its_node_cannot_serve_is_taken_over_by_its_copy(tmp_path: Path) -> None:

@@ -127,6 +127,52 @@ def test_nothing_is_decided_before_all_nodes_had_time_to_be_heard() -> None:
     assert [each[:2] for each in again.places()] == [each[:2] for each in before]
 
 
+def test_a_directory_whose_network_was_away_takes_nobody_for_lost() -> None:
+    cluster = running(shards=6)
+    before = cluster.places()
+    for first in "abc":
+        cluster.run(6.0, silent="abc")
+        cluster.run(1.0, silent="abc".replace(first, ""))
+        cluster.run(1.0)
+        assert [each[:2] for each in cluster.places()] == [each[:2] for each in before]
+    cluster.run()
+    before = cluster.places()
+    cluster.run(8.0, silent="ab")
+    assert all(
+        server == "c" for (_, _, copy), (_, server, _) in zip(before, cluster.places(), strict=True) if copy == "c"
+    )
+
+
+def test_no_server_begins_before_the_nodes_of_the_store_had_time_to_be_heard() -> None:
+    before = running()
+    cluster = Cluster(kept=before.kept)
+    cluster.run(2.5, silent="a")
+    assert not cluster.rules.is_settled
+    cluster.run(0.2)
+    assert cluster.rules.is_settled
+    late = Cluster(kept=before.kept)
+    late.run(3.5, silent="a")
+    assert late.rules.is_settled
+
+
+def test_a_store_without_the_row_of_a_shard_is_an_old_one() -> None:
+    cluster = running()
+    del cluster.kept["shard-0"]
+    again = Cluster(kept=cluster.kept)
+    again.add("a", has={0: (1, 5)})
+    with refused("OLD_STORE", "a"):
+        again.run(1.0)
+
+
+def test_the_number_of_changes_goes_on_in_the_next_directory_and_where_the_store_is_lost() -> None:
+    cluster = running()
+    assert Cluster(kept=cluster.kept).rules.revision == cluster.rules.revision > 0
+    lost = Cluster(adopt=("a",))
+    lost.add("a", has={0: (1, 5)}, revision=70)
+    lost.run(4.0)
+    assert lost.rules.revision > 70
+
+
 def test_a_new_node_gets_its_share_by_one_move_after_another() -> None:
     cluster = running(shards=8, nodes="ab")
     assert cluster.counts() == ([4, 4], [4, 4])
@@ -179,6 +225,8 @@ def test_a_shard_stays_where_an_operator_moved_it_until_a_node_comes() -> None:
     assert cluster.places()[shard][1] == "a"
     assert cluster.counts()[0] == [1, 2, 3]
     cluster.run(10.0, silent=at)
+    cluster.run(50.0)
+    assert cluster.counts()[0] == [0, 3, 3], "its node was lost a moment ago"
     cluster.run()
     assert cluster.counts()[0] == [2, 2, 2]
 
@@ -338,6 +386,7 @@ def test_a_directory_whose_store_is_lost_adopts_the_newest_recordings() -> None:
     again.reports = lost.reports
     again.run(silent="b")
     assert [term for term, _, _ in again.places()] == [0, 0]
+    assert "waits for b" in again.rules.status()[0]["problem"]
     again.run(0.2)
     assert [each[:2] for each in again.places()] == [(4, "b"), (6, "b")]
 
@@ -393,7 +442,8 @@ def test_what_does_not_fit_is_refused() -> None:
     for code, named, report in (
         ("NAME_TAKEN", ("a:1", "elsewhere:1"), NodeReport("a", "elsewhere:1")),
         ("OTHER_VERSION", ("d", "2"), NodeReport("d", "d:1", version="2")),
-        ("OLD_STORE", ("a",), NodeReport("a", "a:1", has={0: (7, 1)})),
+        ("OLD_STORE", ("a", "--adopt"), NodeReport("a", "a:1", has={0: (7, 1)})),
+        ("OLD_STORE", ("a", "--adopt"), NodeReport("a", "a:1", revision=cluster.rules.revision + 1)),
         ("UNKNOWN_SHARD", ("4",), NodeReport("a", "a:1", has={4: (1, 1)})),
     ):
         with refused(code, *named):

@@ -129,6 +129,8 @@ class Agent:
     _table: list[Any] = field(default_factory=lambda: [[], []])
     _version: int = 0
     """Of the roles and of the table."""
+    _revision: int = 0
+    """The newest change of the directory's store that was heard of."""
     _has: dict[int, tuple[int, int]] = field(default_factory=dict)
     _has_failed: bool = False
     """Whether a server did not end in order when the agent ended."""
@@ -167,7 +169,12 @@ class Agent:
             process.serves |= bool(received(process.pipe))
         for news in received(self._relay.pipe):
             if isinstance(news, list):
-                self._version, roles, *self._table = news
+                version, revision, roles, *table = news
+                if revision < self._revision:
+                    reason = f"its store has {revision} changes, and this node has heard of {self._revision}"
+                    self.launch.log.error("role refused", reason=f"{reason}: it is an old one")
+                    continue
+                self._version, self._revision, self._table = version, revision, table
                 wanted = {role[:3]: role for role in (ShardRole(*each) for each in roles) if self._may_have(role)}
                 for former in self._roles.keys() - wanted.keys():
                     self._kill(self._roles.pop(former))
@@ -197,7 +204,7 @@ class Agent:
         numerics = ", ".join(sorted({each.arithmetic for each in self.launch.prepared}))
         version = f"version {_VERSION} of messages and the models {models}"
         has = [(shard, *found) for shard, found in self._has.items()]
-        report = [self.name, f"{self.host}:{self.port}", version, numerics, has]  # a `NodeReport`
+        report = [self.name, f"{self.host}:{self.port}", version, numerics, has, self._revision]  # a `NodeReport`
         self._relay.tell(["heard", report, news, self._version])
         for each in roles:
             if each.role.is_server and each.process is not None and each.process.told != self._version:

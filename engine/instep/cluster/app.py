@@ -60,7 +60,13 @@ def status(
         terminal.table(("shard", "term", "server", "copy", ""), shards, slice(2))
         terminal.say("")
         nodes = [
-            (each["node"], each["address"], str(each["servers"]), str(each["copies"]), _node_state(each))
+            (
+                each["node"],
+                each["address"],
+                str(each["servers"]),
+                str(each["copies"]),
+                _node_state(each),
+            )
             for each in found["nodes"]
         ]
         terminal.table(("node", "address", "servers", "copies", ""), nodes, slice(2, 4))
@@ -78,6 +84,8 @@ def _shard_state(shard: dict[str, Any]) -> str:
 
 
 def _node_state(node: dict[str, Any]) -> str:
+    if node["refused"]:
+        return f"refused: {node['refused']}"
     return ", ".join([*(["lost"] if not node["alive"] else []), *(["drained"] if node["drained"] else [])])
 
 

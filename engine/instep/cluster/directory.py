@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import signal
+import sqlite3
 import threading
 import time
 from collections import Counter
@@ -36,8 +37,9 @@ _BY_OPERATORS: Final = ("move", "drain", "undrain", "accept_loss")
 _ASK_WITHIN_S: Final = 2.0
 _PATIENCE_S: Final = 3.0
 """A server that ends waits so long for an answer."""
-_SETTLES_S: Final = 1.0
-"""After a start, agents say within this time where their nodes are."""
+STORE_FILE: Final = "decisions.sqlite"
+_ADOPT: Final = ", and --adopt with the names of all nodes that have recordings"
+_MOST_REFUSED: Final = 32
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -56,26 +58,44 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
 
 
 class Store:
-    """A folder with a small JSON file for each row, which only one directory uses at a time.
+    """A database of rows in JSON, which only one directory uses at a time.
 
     Raises:
         CannotServe: the folder cannot be used.
     """
 
     def __init__(self, folder: Path, log: structlog.stdlib.BoundLogger) -> None:
-        self._folder, self._log = folder, log
+        self._file, self._log = folder / STORE_FILE, log
         self.problem = ""
         """Why the newest row could not be stored; empty if it was."""
+        if (folder / "cluster.json").exists():
+            raise CannotServe(f"{folder} is the store of an earlier version: use another folder{_ADOPT}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(folder, os.O_RDONLY)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.rows = {file.stem: dict(json.loads(file.read_text())) for file in folder.glob("*.json")}
+            self._database = sqlite3.connect(self._file, 1.0, isolation_level=None, check_same_thread=False)
+            self._database.execute("PRAGMA synchronous = EXTRA")
+            self._database.execute("CREATE TABLE IF NOT EXISTS decisions (key TEXT PRIMARY KEY, row TEXT NOT NULL)")
+            found = self._database.execute("SELECT key, row FROM decisions")
+            self.rows = {key: dict(json.loads(row)) for key, row in found}
         except BlockingIOError:
             os.close(self._descriptor)
             raise CannotServe(f"another directory uses {folder}: a cluster has one") from None
-        except (OSError, ValueError, TypeError) as error:
-            raise CannotServe(f"the store of the directory, {folder}, cannot be read: {error}") from None
+        except (OSError, ValueError, TypeError, sqlite3.Error) as error:
+            raise CannotServe(f"the store of the directory, {self._file}, cannot be read: {error}{_ADOPT}") from None
+        self._inode = self._file.stat().st_ino
+
+    def check_is_there(self) -> None:
+        """End the directory if its store was moved, replaced or deleted.
+
+        Raises:
+            CannotServe: it was.
+        """
+        with suppress(OSError):
+            if self._file.stat().st_ino == self._inode:
+                return
+        raise CannotServe(f"{self._file} was taken away: put this very file back, or use another folder{_ADOPT}")
 
     def put(self, key: str, row: Mapping[str, Any]) -> None:
         """Keep a row for good.
@@ -84,12 +104,13 @@ class Store:
             OSError: it may not be kept.
         """
         try:
-            write_json(self._folder / f"{key}.json", row)
-        except OSError as error:
+            self._database.execute("REPLACE INTO decisions VALUES (?, ?)", (key, json.dumps(row)))
+        except sqlite3.Error as error:
             before, self.problem = self.problem, f"the directory cannot store what it decides: {error}"
             if self.problem != before:
                 self._log.error("not stored", reason=self.problem)
-            raise
+            raise OSError(self.problem) from None
+        self.check_is_there()  # else nothing was stored for good
         self.problem = ""
         if event := row.get("event"):
             about = {name: row[name] for name in ("term", "server", "copy", "joining", "target") if row[name]}
@@ -97,6 +118,7 @@ class Store:
 
     def close(self) -> None:
         """Let another directory use the folder."""
+        self._database.close()
         os.close(self._descriptor)
 
 
@@ -131,37 +153,47 @@ class Directory:
             )
             keys = ServerKeys.read(config.node_transport)
             self._listener = Listener(config.node_transport, keys, frozenset({"status", *_BY_OPERATORS}))
-        except OSError:
-            raise CannotServe(self._store.problem) from None
-        except (CannotListen, ClusterRefused) as error:
+        except (OSError, CannotListen, ClusterRefused) as error:
+            self._store.close()
             raise CannotServe(str(error)) from None
         self.endpoint = self._listener.endpoint
         """Where it listens."""
         self._agents: dict[str, bytes] = {}
         """The connection of each node's agent."""
-        self._hears_from = time.monotonic() + _SETTLES_S
+        self._refused: dict[str, tuple[str, str]] = {}
+        """Name and reason, by the address of the node."""
         self._told = self._rules.version
+        self._decide_at = 0.0
         self._ends = False
 
     def run(self) -> None:
-        """Serve until `stop` is called."""
-        decide_at = 0.0
-        while not self._ends:
-            for request in self._listener.requests(TICK_S):
-                self._take(request)
-            if (now := time.monotonic()) >= decide_at:
-                decide_at = now + TICK_S
-                with suppress(OSError):  # the store has said so
-                    self._rules.decide(now)
-            if failures := self._listener.failures():
-                self._log.warning("handshakes failed", **failures)
-            if self._told != self._rules.version:
-                self._told = self._rules.version
-                for node, connection in self._agents.items():
-                    self._listener.tell(connection, self._news(node))
-        self._listener.close()
-        self._store.close()
+        """Serve until `stop` is called.
+
+        Raises:
+            CannotServe: the store is gone, or an old one.
+        """
+        try:
+            while not self._ends:
+                self._serve_round()
+        finally:
+            self._listener.close()
+            self._store.close()
         self._log.info("stopped")
+
+    def _serve_round(self) -> None:
+        for request in self._listener.requests(TICK_S):
+            self._take(request)
+        if (now := time.monotonic()) >= self._decide_at:
+            self._decide_at = now + TICK_S
+            self._store.check_is_there()
+            with suppress(OSError):  # the store has said so
+                self._rules.decide(now)
+        if failures := self._listener.failures():
+            self._log.warning("handshakes failed", **failures)
+        if self._told != self._rules.version:
+            self._told = self._rules.version
+            for node, connection in self._agents.items():
+                self._listener.tell(connection, self._news(node))
 
     def stop(self) -> None:
         """End soon; servers go on, and only changes wait until there is a directory again."""
@@ -179,6 +211,8 @@ class Directory:
         try:
             self._listener.answer(request, self._answer(request))
         except ClusterRefused as error:
+            if error.code == "OLD_STORE":
+                raise CannotServe(str(error)) from None  # without an answer, which would end an agent that starts
             self._listener.refuse(request, str(error))
         except OSError:
             self._listener.refuse(request, self._store.problem)
@@ -198,7 +232,7 @@ class Directory:
         if verb == "shards":
             return self._rules.count
         if verb in _BY_SERVERS:
-            if time.monotonic() < self._hears_from:
+            if not self._rules.is_settled:
                 raise ClusterRefused("TOO_EARLY", "the directory has just started, and has not heard all nodes")
             shard = arguments[0]
             if request.principal not in ("", self._rules.shards[shard].server):
@@ -211,14 +245,21 @@ class Directory:
         raise ValueError("unknown verb")
 
     def _hear(self, request: NodeRequest, about: list[Any], news: dict[str, Any], told: int) -> Any:
-        name, address, version, numerics, has = about
-        if request.principal not in ("", name):
-            raise ClusterRefused("OTHER_NAME", f"the key is that of {request.principal}, and the node is called {name}")
-        texts = [*about[:-1], *(endpoint for _, _, endpoint in news["serves"])]
+        name, address, version, numerics, has, revision = about
+        texts = [*about[:4], *(endpoint for _, _, endpoint in news["serves"])]
         if not all(type(each) is str and each for each in texts) or not re.fullmatch(r".+:[0-9]{1,5}", address):
             raise TypeError("not names and addresses")
         recordings = {int(shard): (int(term), int(position)) for shard, term, position in has}
-        self._rules.heard(NodeReport(name, address, version, numerics, recordings), time.monotonic())
+        try:
+            if request.principal not in ("", name):
+                sentence = f"the key is that of {request.principal}, and the node is called {name}"
+                raise ClusterRefused("OTHER_NAME", sentence)
+            report = NodeReport(name, address, version, numerics, recordings, int(revision))
+            self._rules.heard(report, time.monotonic())
+        except ClusterRefused as error:
+            self._refused = dict([*self._refused.items(), (address, (name, str(error)))][-_MOST_REFUSED:])
+            raise
+        self._refused.pop(address, None)
         self._agents[name] = request.connection
         for shard, term, endpoint in news["serves"]:
             self._rules.serves(shard, term, name, endpoint)
@@ -239,13 +280,19 @@ class Directory:
                 "numerics": node.report.numerics,
                 "alive": self._rules.is_alive(name),
                 "drained": name in self._rules.drained,
+                "refused": "",
                 "servers": servers[name],
                 "copies": copies[name],
             }
             for name, node in sorted(self._rules.nodes.items())
             if self._rules.is_alive(name) or name not in self._rules.drained or servers[name] or copies[name]
         ]
-        return {"shards": shards, "nodes": nodes, "problem": self._store.problem}
+        blank = ("alive", "drained", "servers", "copies")
+        refused = [
+            {"node": name, "address": address, "refused": reason, **dict.fromkeys(blank, 0)}
+            for address, (name, reason) in self._refused.items()
+        ]
+        return {"shards": shards, "nodes": nodes + refused, "problem": self._store.problem}
 
     def _news(self, node: str) -> list[Any]:
         """The roles of a node and the table; empty while nothing is decided, because the store may have been lost."""
@@ -253,7 +300,7 @@ class Directory:
             return []
         table = self._rules.table()
         roles = [_with_port(role, self._rules.count) for role in self._rules.roles(node)]
-        return [self._rules.version, roles, table.terms.tolist(), table.endpoints]
+        return [self._rules.version, self._rules.revision, roles, table.terms.tolist(), table.endpoints]
 
 
 def _with_port(role: ShardRole, count: int) -> ShardRole:

@@ -22,6 +22,8 @@ import numpy as np
 
 from instep_client.protocol.wire import ShardTable
 
+QUIET_S: Final = 60.0
+"""No shard is moved for balance alone for this long after a server was lost: its node may fail again."""
 MAX_AVOID_S: Final = 60.0
 """A node on which copies fail is given the next one after 1, 2, 4, … seconds, and after this long at most."""
 
@@ -61,6 +63,8 @@ class Assignment(NamedTuple):
     """The arithmetic of the nodes that may serve the shard."""
     event: str = ""
     """The last change, in words."""
+    revision: int = 0
+    """The number of the last change, counted over all shards."""
 
 
 class ShardRole(NamedTuple):
@@ -98,6 +102,8 @@ class NodeReport(NamedTuple):
     """The arithmetic of the node: nodes of the same compute the same bits."""
     has: Mapping[int, tuple[int, int]] = {}
     """The recordings that the agent found when it looked last: term and position, by shard."""
+    revision: int = 0
+    """The newest change of the store that the agent has heard of."""
 
 
 @dataclass
@@ -134,10 +140,16 @@ class Assignments:
     """After the store was lost, all nodes that have recordings: nothing is decided before all have been heard."""
     version: int = 0
     """Rises with each change that concerns an agent or a client."""
+    revision: int = 0
+    """Rises with each change of a shard, and goes on in the next directory with the same store."""
+    is_settled: bool = False
+    """Whether each node that the store names was heard, or had `dead_s` for that; no server may begin before."""
     nodes: dict[str, ClusterNode] = field(default_factory=dict)
     _now: float = 0.0
     _decided_at: float = -inf
     _patient_until: float = 0.0
+    _settles_at: float = inf
+    _quiet_until: float = 0.0
     _balances: bool = True
     """Not after an operator's move, until a node comes, or is drained or used again."""
     _gone: set[int] = field(default_factory=set)
@@ -151,6 +163,7 @@ class Assignments:
         if "cluster" not in stored:
             self.store("cluster", {"shards": count})
         self.shards = [Assignment(**stored.get(f"shard-{shard}", {})) for shard in range(count)]
+        self.revision = max(view.revision for view in self.shards)
         self._endpoints = [""] * count
         self.drained = frozenset[str](stored.get("drained", {}).get("nodes", ()))
 
@@ -162,20 +175,33 @@ class Assignments:
         Raises:
             ClusterRefused: the node may not take part.
         """
-        self._now, (name, address, version, _, has) = now, report
+        self._now, (name, address, version, *_) = now, report
         node = self.nodes.get(name)
         if node is not None and node.report.address != address and self.is_alive(name):
             raise ClusterRefused("NAME_TAKEN", f"{name} is the node at {node.report.address}, and not at {address}")
         for other, them in self.nodes.items():
             if other != name and version != them.report.version and self.is_alive(other):
                 raise ClusterRefused("OTHER_VERSION", f"{name} has {version}, and {other} {them.report.version}")
-        for shard, (term, _) in has.items():
-            if term > self._of(shard).term > 0:
-                raise ClusterRefused("OLD_STORE", f"{name} has term {term} of shard {shard}: the store is an old one")
+        self._check_store(report)
         self._balances |= not self.is_alive(name)
         self.version += node is None or node.report.address != address
         node = self.nodes.setdefault(name, ClusterNode(report, now))
         node.report, node.heard_at = report, now
+
+    def _check_store(self, report: NodeReport) -> None:
+        """Refuse a report of something that this store must have had before the node."""
+        is_new, why = not any(view.term for view in self.shards), ""
+        for shard, (term, _) in report.has.items():
+            own = self._of(shard).term
+            if term > own and not is_new and (own or not self.adopt):
+                why = f"has a recording of term {term} of shard {shard}, and the store has term {own}"
+        if is_new:
+            self.revision = max(self.revision, report.revision)
+        elif report.revision > self.revision:
+            why = f"has heard of {report.revision} changes, and the store has {self.revision}"
+        if why:
+            helps = "move it away, and start the directory with --adopt and the names of all nodes that have recordings"
+            raise ClusterRefused("OLD_STORE", f"{report.name} {why}. The store is an old one: {helps}")
 
     def serves(self, shard: int, term: int, node: str, endpoint: str) -> None:
         """A server listens at `endpoint`."""
@@ -323,9 +349,11 @@ class Assignments:
     def decide(self, now: float) -> None:
         """One round of decisions; to be called several times in `dead_s`."""
         self._now = now
-        if now - self._decided_at > self.dead_s / 2:
-            self._patient_until = now + self.dead_s  # at a start, and after a pause: nobody was heard meanwhile
-        self._decided_at = now
+        if now - self._decided_at > self.dead_s / 2 or not self._is_connected():
+            self._patient_until = now + self.dead_s  # also at a start: nobody was heard meanwhile
+        self._decided_at, self._settles_at = now, min(self._settles_at, now + self.dead_s)
+        named = {name for view in self.shards for name in (view.server, view.copy, view.joining, view.target)}
+        self.is_settled |= now >= self._settles_at or self.nodes.keys() >= named - {""}
         alone = [shard for shard, view in enumerate(self.shards) if view.term and self.copies and not view.copy]
         self._alone_since = {shard: self._alone_since.get(shard, now) for shard in alone}
         may_have_lost_store = not self.adopt and self._has_only_recordings()
@@ -346,6 +374,12 @@ class Assignments:
         served = [k for k, view in enumerate(self.shards) if self._endpoints[k] and self.is_alive(view.server)]
         if self._balances and not any(self.shards[k].joining or self.shards[k].target for k in served):
             self._balance(served, steady, servers, copies)
+
+    def _is_connected(self) -> bool:
+        """Whether nodes are heard; if most of them fall silent at once, the directory's own network is away."""
+        ages = [self._now - node.heard_at for node in self.nodes.values()]
+        heard = sum(age <= self.dead_s * 2 / 3 for age in ages)
+        return heard > 0 and 2 * heard >= sum(age <= self.dead_s for age in ages)
 
     def _has_only_recordings(self) -> bool:
         """Whether nodes have recordings and the store has none of them."""
@@ -382,7 +416,7 @@ class Assignments:
             least = min((counts[name] for name in steady), default=0)
             for shard in sorted(served, key=lambda shard: holders[shard] not in self.drained):
                 view, holder = self.shards[shard], holders[shard]
-                most = inf if holder in self.drained else counts[holder] - 1
+                most = inf if holder in self.drained else counts[holder] - 1 if self._now >= self._quiet_until else 0
                 if most <= least or not self.is_alive(holder):
                     continue
                 to = [name for name in steady if counts[name] < most and name not in (holder, view.server)]
@@ -420,7 +454,8 @@ class Assignments:
     # Changes.
 
     def _change(self, shard: int, event: str, **changes: Any) -> Assignment:
-        view = self.shards[shard]._replace(event=event, **changes)
+        self.revision += 1
+        view = self.shards[shard]._replace(event=event, revision=self.revision, **changes)
         self.store(f"shard-{shard}", view._asdict())  # nothing is changed if this fails
         self.shards[shard] = view
         self.version += 1
@@ -444,12 +479,13 @@ class Assignments:
         """Make the copy the server, if its node is there and may serve the shard; return whether that is so."""
         view = self.shards[shard]
         if can := self._can_take_over(view):
+            self._quiet_until = self._now + QUIET_S
             self._begin_term(shard, view.copy, f"taken over from {view.server}, {why}")
         return can
 
     def _drain(self, nodes: frozenset[str]) -> None:
         self.store("drained", {"nodes": sorted(nodes)})
-        self.drained, self._balances = nodes, True
+        self.drained, self._balances, self._quiet_until = nodes, True, 0.0
 
     def _of(self, shard: int) -> Assignment:
         if not 0 <= shard < self.count:
@@ -510,6 +546,8 @@ class Assignments:
     def _problem(self, shard: int) -> str:
         view = self.shards[shard]
         if self._has_only_recordings():
+            if away := sorted({*self.adopt} - self.nodes.keys()):
+                return f"waits for {', '.join(away)}, which --adopt names"
             return "nodes have recordings, and the directory's store is empty: start it with --adopt NODE,…"
         if not view.term:
             return f"the cluster begins when {1 + self.copies} nodes are there"
