@@ -7,7 +7,7 @@ from typing import Final
 from instep_tools.command_line import CommandLine, LazyCommands, add_root_options
 
 TOPICS: Final = {
-    "Send": {"produce": "instep_tools.sending", "replay": "instep_tools.sending", "loadtest": "instep_tools.load.app"},
+    "Send": {"send": "instep_tools.send", "loadtest": "instep_tools.load.app"},
     "Watch": {
         "ping": "instep_tools.server",
         "models": "instep_tools.server",

@@ -44,7 +44,9 @@ FORMER: Final = {
     "version": "--version",
     "keys list": "streams list, or read transport.peers_file",
     "keys show": "keys new NAME; the public key is in NAME.key",
+    "produce": "send",
     "recordings verify": "verify",
+    "replay": "send FILE",
 }
 """Commands by names that they had, or that others would give them."""
 

@@ -1,4 +1,4 @@
-"""Answers of a live producer: counted, reported when refused, and shown or saved."""
+"""Answers to sent frames: counted, reported when refused, and printed or saved."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from instep_client.protocol.errors import FramesRefused, Refused, StreamEvicted
 from instep_client.protocol.wire import F32
 from instep_tools.formats.table import json_numbers
 from instep_tools.terminal import Terminal
+
+Bool: TypeAlias = npt.NDArray[np.bool_]
 
 
 class OutputFormat(StrEnum):
@@ -78,7 +81,7 @@ class SentFrames:
 class Answers:
     """Counts answers and passes outputs on; reports each kind of refusal once per stream."""
 
-    outputs: Outputs
+    outputs: Outputs | None
     terminal: Terminal
     frames: int = 0
     refused: int = 0
@@ -87,28 +90,33 @@ class Answers:
     _seqs: Counter[str] = field(default_factory=Counter)
     _told: set[tuple[str, int]] = field(default_factory=set)
 
-    def take(self, sent: SentFrames, result: F32 | Refused) -> None:
-        """Process a block's outputs [T, N, outputs] or [T, outputs], or its error."""
-        steps, streams, _ = sent.frames.shape
-        applied = np.ones((steps, streams), np.bool_)
+    def take(self, sent: SentFrames, result: F32 | Refused) -> tuple[Bool, F32]:
+        """Process a block's outputs [T, N, outputs] or [T, outputs], or its error.
+
+        Returns:
+            bool [T, N], the frames that were applied, and their outputs [T, N, outputs], or [T, N, 0] if none was.
+        """
+        applied: Bool = np.ones(sent.frames.shape[:2], np.bool_)
         if isinstance(result, Refused):
             self._tell(sent, result)
             if isinstance(result, StreamEvicted):
                 self.ended.add(result.stream)
-            if not isinstance(result, FramesRefused):
-                self.refused += steps * streams
-                return
-            result = result.outputs
-            applied = np.isfinite(result).any(axis=-1).reshape(steps, streams)
-        outputs = result.reshape(steps, streams, -1)
-        for column, name in enumerate(sent.names):
-            good = applied[:, column]
-            count = int(good.sum())
-            self.frames += count
-            self.refused += steps - count
-            if count:
+            if isinstance(result, FramesRefused):
+                result = result.outputs
+                applied = np.asarray(np.isfinite(result).any(axis=-1)).reshape(applied.shape)
+            else:
+                result = np.zeros((*applied.shape, 0), np.float32)
+                applied[:] = False
+        outputs = result.reshape(*applied.shape, -1)
+        count = int(applied.sum())
+        self.frames += count
+        self.refused += applied.size - count
+        if self.outputs is not None and count:
+            for column, name in enumerate(sent.names):
+                good = applied[:, column]
                 self.outputs.add(name, self._seqs[name], sent.frames[good, column], outputs[good, column])
-                self._seqs[name] += count
+                self._seqs[name] += int(good.sum())
+        return applied, outputs
 
     def _tell(self, sent: SentFrames, refused: Refused) -> None:
         keys = {(sent.names[0], int(refused.code))}

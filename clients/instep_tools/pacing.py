@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 LONGEST_NAP_S: Final = 0.1
@@ -51,6 +52,18 @@ class WallClock:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         self._sleeper.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The rate and the amount of sending."""
+
+    rate_hz: float | None = None
+    """Frames per second for each stream; None for as fast as possible, or for the frames' own times."""
+    frames: int | None = None
+    """The most frames of each stream."""
+    speed: float | None = None
+    """The factor on real time; infinite for as fast as possible; None for 1 if times are known, else infinite."""
 
 
 class Stop:

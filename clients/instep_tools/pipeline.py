@@ -24,7 +24,7 @@ DEPTH: Final = 64
 
 @asynccontextmanager
 async def pipeline(
-    take: Callable[[Key, F32 | Refused], None], depth: int = DEPTH
+    take: Callable[[Key, F32 | Refused], object], depth: int = DEPTH
 ) -> AsyncIterator[Callable[[Key, Call], Awaitable[None]]]:
     """Start calls of the client in order, and pass the outputs or the refusal of each to `take`.
 

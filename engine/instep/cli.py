@@ -342,7 +342,7 @@ def export(
 ) -> None:
     """Write a recording's frames and outputs as one table, for other tools.
 
-    `instep replay` and `produce` read every format. Exit status 0: the file was written. 2: nothing was written.
+    `instep send` reads every format. Exit status 0: the file was written. 2: nothing was written.
     """
     from instep.export.command import Export, run
 

@@ -28,9 +28,9 @@ from instep.replay.verifier import verify
 from instep_client import AsyncClient
 from instep_tools.connect import Target
 from instep_tools.formats.read import read_sequences
-from instep_tools.pacing import Stop
+from instep_tools.pacing import Pace, Stop
 from instep_tools.problems import Exit
-from instep_tools.replay import ReplayJob, replay
+from instep_tools.send import SendJob, send
 from instep_tools.sequences import RecordedSequences
 from tests.support.onnx_graphs import gru_step
 from tests.support.running import running
@@ -182,8 +182,10 @@ async def test_a_recording_is_replayed_with_learned_states_and_others_side_by_si
         tmp_path / "spoken.npz", RecordedSequences(("a", "b"), lengths, frames, initial_states={1: {"h": given}})
     )
     async with running(load_model(tmp_path / "net"), engine={"max_batch_size": 32}) as server:
-        again = ReplayJob(Target(server.endpoint), tmp_path / "spoken.npz", math.inf, save=tmp_path / "outputs.npz")
-        assert await replay(again, RememberingTerminal(), Stop(), JumpingClock()) == Exit.OK
+        again = SendJob(
+            Target(server.endpoint), Pace(speed=math.inf), tmp_path / "spoken.npz", output=tmp_path / "outputs.npz"
+        )
+        assert await send(again, RememberingTerminal(), Stop(), JumpingClock()) == Exit.OK
     y = read_sequences(tmp_path / "outputs.npz").outputs
     assert y is not None
     np.testing.assert_allclose(y[:FRAMES], truth("module", frames[:FRAMES]), rtol=1e-4, atol=1e-5)

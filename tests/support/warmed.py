@@ -23,7 +23,7 @@ from instep.streaming.warm_up import warm_up
 
 for module in (
     *("instep.export.command", "instep.server.serve", "instep.replay.shadow"),
-    *("instep.replay.command", "instep_client", "instep_tools.sending", "pydantic.type_adapter"),
+    *("instep.replay.command", "instep_client", "instep_tools.send", "pydantic.type_adapter"),
     "torch._dynamo",  # which the optimizers import, in 2 s
 ):
     importlib.import_module(module)

@@ -72,20 +72,20 @@ def test_a_cluster_is_shown_with_its_shards() -> None:
         assert first.endpoint in values["why"]
 
 
-def test_produce(tmp_path: Path) -> None:
+def test_send(tmp_path: Path) -> None:
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
     np.savetxt(tmp_path / "x.csv", x, delimiter=",")
     with FakeServer(replace(INFO, output_names=("speech", "loud, or not"))) as server:
-        result = run("produce", tmp_path / "x.csv", "--name", "mic", "-e", server.endpoint)
-        saved = run("replay", tmp_path / "x.csv", "--save", tmp_path / "y.csv", "-e", server.endpoint)
+        result = run("send", tmp_path / "x.csv", "--name", "mic", "-e", server.endpoint)
+        saved = run("send", tmp_path / "x.csv", "--output", tmp_path / "y.csv", "-e", server.endpoint)
     lines = (f"mic,{seq},{a},{b}\n" for seq, (a, b) in enumerate(reference(x)[0]))
     assert result.stdout == 'stream,seq,speech,"loud, or not"\n' + "".join(lines)
     assert (result.exit_code, saved.exit_code) == (0, 0)
     assert (tmp_path / "y.csv").read_text().splitlines()[0].endswith('"x2","speech","loud, or not"')
 
 
-def test_produce_reads_standard_input_and_names_bad_lines(server: FakeServer) -> None:
-    command = [sys.executable, "-m", "instep", "produce", "-", "--named", "--endpoint", server.endpoint]
+def test_send_reads_standard_input_and_names_bad_lines(server: FakeServer) -> None:
+    command = [sys.executable, "-m", "instep", "send", "-", "--named", "--endpoint", server.endpoint]
     typed = "a 1 2 3\nb 1 2\na 4 5 6\n"
     done = subprocess.run(command, input=typed, capture_output=True, text=True, check=False, timeout=100)
     assert done.stdout.splitlines() == ["stream,seq,y0,y1", "a,0,6.0,7.0", "a,1,18.0,19.0"]
@@ -96,18 +96,18 @@ def test_produce_reads_standard_input_and_names_bad_lines(server: FakeServer) ->
 def test_speeds(server: FakeServer, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.ones((2, 3), np.float32))
     for speed in ("1", "x20", "×1.5", "max"):
-        result = run("replay", tmp_path / "x.npy", "--speed", speed, "--rate", "1000", "-e", server.endpoint)
+        result = run("send", tmp_path / "x.npy", "--speed", speed, "--rate", "1000", "-e", server.endpoint)
         assert result.exit_code == 0
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["prodce"], "'produce'"),
-        (["produce", "--rate", "0"], "'--rate'"),
-        (["produce", "--rate", "abc"], "'abc'"),
+        (["sned"], "'send'"),
+        (["send", "--rate", "0"], "'--rate'"),
+        (["send", "--rate", "abc"], "'abc'"),
         (["ping", "-e", "127.0.0.1:5757"], "tcp://127.0.0.1:5757"),
-        (["replay", "x", "--speed", "fast"], "'--speed'"),
+        (["send", "x", "--speed", "fast"], "'--speed'"),
     ],
 )
 def test_what_cannot_be_typed(arguments: list[str], said: str) -> None:

@@ -15,14 +15,12 @@ from instep_client import AsyncClient
 from instep_tools import state
 from instep_tools.connect import Target
 from instep_tools.formats.read import read_sequences
-from instep_tools.live import Pace
 from instep_tools.load import generator
 from instep_tools.load.app import LoadTest
 from instep_tools.load.plan import LoadPlan
-from instep_tools.pacing import Stop
+from instep_tools.pacing import Pace, Stop
 from instep_tools.problems import CommandProblem, Exit
-from instep_tools.produce import Produce, produce
-from instep_tools.replay import ReplayJob, replay
+from instep_tools.send import SendJob, send
 from instep_tools.sequences import RecordedSequences
 from instep_tools.server import stats
 from tests.support.models import SEED_SIZED, SMALL, whole
@@ -31,7 +29,9 @@ from tests.support.steps import eager, exported
 from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table
 
 
-async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Path, rng: np.random.Generator) -> None:
+async def test_what_was_sent_is_recorded_and_gives_the_same_bits_again(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
     recording, lengths = tmp_path / "r.instep", np.array([20, 1, 50, 3, 50])
     h = rng.standard_normal((1, 4), np.float32)
     x = rng.standard_normal((124, 3), np.float32)
@@ -40,10 +40,10 @@ async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Pa
     clock = JumpingClock()
     async with running(SEED_SIZED, recording={"path": recording}) as server:
         target = Target(server.endpoint)
-        live = Produce(target, Pace(10.0, 20), tmp_path / "noise.npy", save=tmp_path / "live.npz")
-        assert await produce(live, RememberingTerminal(), Stop(), clock) == Exit.OK
-        again = ReplayJob(target, tmp_path / "in.npz", save=tmp_path / "outputs.npz")
-        assert await replay(again, RememberingTerminal(), Stop(), clock) == Exit.OK
+        live = SendJob(target, Pace(10.0, 20), tmp_path / "noise.npy", output=tmp_path / "live.npz")
+        assert await send(live, RememberingTerminal(), Stop(), clock) == Exit.OK
+        again = SendJob(target, file=tmp_path / "in.npz", output=tmp_path / "outputs.npz")
+        assert await send(again, RememberingTerminal(), Stop(), clock) == Exit.OK
     parts = np.split(x, np.cumsum(lengths)[:-1])
     truth = [whole(SEED_SIZED, part, h if row == 2 else None)[0] for row, part in enumerate(parts)]
     np.testing.assert_array_equal(read_sequences(tmp_path / "outputs.npz").outputs, np.concatenate(truth))
@@ -52,8 +52,8 @@ async def test_what_was_produced_is_recorded_and_replays_to_the_bit(tmp_path: Pa
         for file in (tmp_path / "live.npz", tmp_path / "outputs.npz", recording):
             for speed in (1.0, math.inf) if file is recording else (math.inf,):
                 terminal = RememberingTerminal(as_json=True)
-                job = ReplayJob(Target(server.endpoint), file, speed, check=True)
-                assert await replay(job, terminal, Stop(), clock) == Exit.OK
+                job = SendJob(Target(server.endpoint), Pace(speed=speed), file, check=True)
+                assert await send(job, terminal, Stop(), clock) == Exit.OK
                 assert terminal.json()["check"]["different"] == 0
 
 

@@ -12,11 +12,9 @@ from instep_client.protocol.wire import F32, Kind
 from instep_tools.connect import Target
 from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
-from instep_tools.live import Pace
-from instep_tools.pacing import Stop, WallClock
+from instep_tools.pacing import Pace, Stop, WallClock
 from instep_tools.problems import Exit
-from instep_tools.produce import Produce, produce
-from instep_tools.replay import ReplayJob, replay
+from instep_tools.send import SendJob, send
 from instep_tools.sequences import RecordedSequences
 from tests.support.fake_server import RING_INFO, FakeRules, FakeServer, Message, goodbye, reference
 from tests.tools.helpers import RememberingTerminal, save_table
@@ -40,15 +38,15 @@ class Forgetful:
         return self.rules.handle(peer, frames)
 
 
-async def test_produce_loses_no_line_and_prints_none_twice(tmp_path: Path, rng: np.random.Generator) -> None:
+async def test_lines_are_not_lost_and_printed_once(tmp_path: Path, rng: np.random.Generator) -> None:
     frames: F32 = rng.standard_normal((60, 3)).astype(np.float32)
     rows = (f"p-{row % 3} {' '.join(map(str, frame))}\n" for row, frame in enumerate(frames))
     (tmp_path / "in").write_text("".join(rows))
     terminal, forgetful = RememberingTerminal(), Forgetful(3)
     with forgetful.server as server, (tmp_path / "in").open() as lines, pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.stdin", lines)
-        wanted = Produce(Target(server.endpoint), pace=Pace(None, None), choice=Choice(named=True))
-        assert await produce(wanted, terminal, Stop(), WallClock()) == Exit.OK
+        wanted = SendJob(Target(server.endpoint), choice=Choice(named=True))
+        assert await send(wanted, terminal, Stop(), WallClock()) == Exit.OK
     assert forgetful.rules.boots > 1
     printed = [line.split(",") for line in terminal.data.splitlines()[1:]]
     for stream in range(3):
@@ -59,7 +57,7 @@ async def test_produce_loses_no_line_and_prints_none_twice(tmp_path: Path, rng: 
     assert forgetful.rules.streams == {}
 
 
-async def test_replay_gets_every_output(tmp_path: Path, rng: np.random.Generator) -> None:
+async def test_a_file_gets_every_output(tmp_path: Path, rng: np.random.Generator) -> None:
     lengths = [40, 7, 25]
     frames: F32 = rng.integers(-5, 6, (sum(lengths), 3)).astype(np.float32)
     truth = np.concatenate([reference(part)[0] for part in np.split(frames, np.cumsum(lengths)[:-1])])
@@ -67,16 +65,17 @@ async def test_replay_gets_every_output(tmp_path: Path, rng: np.random.Generator
     save_table(tmp_path / "recorded.npz", recorded)
     terminal, forgetful = RememberingTerminal(), Forgetful(4)
     with forgetful.server as server:
-        wanted = ReplayJob(Target(server.endpoint), tmp_path / "recorded.npz", check=True, save=tmp_path / "again.npz")
-        assert await replay(wanted, terminal, Stop(), WallClock()) == Exit.OK
+        wanted = SendJob(
+            Target(server.endpoint), file=tmp_path / "recorded.npz", check=True, output=tmp_path / "again.npz"
+        )
+        assert await send(wanted, terminal, Stop(), WallClock()) == Exit.OK
     assert forgetful.rules.boots > 1
     again = read_sequences(tmp_path / "again.npz")
     assert again.outputs is not None
     np.testing.assert_array_equal(again.outputs, truth)
 
 
-@pytest.mark.parametrize("command", ["produce", "replay"])
-async def test_a_stop_while_the_connection_is_lost_ends_the_command_and_reports(tmp_path: Path, command: str) -> None:
+async def test_a_stop_while_the_connection_is_lost_ends_the_command_and_reports(tmp_path: Path) -> None:
     np.save(tmp_path / "in.npy", np.ones((5000, 3), np.float32))
     terminal, stop, rules = RememberingTerminal(as_json=True), Stop(), FakeRules(RING_INFO)
     loop, steps = asyncio.get_running_loop(), 0
@@ -90,11 +89,7 @@ async def test_a_stop_while_the_connection_is_lost_ends_the_command_and_reports(
         return [(peer, goodbye())] if parts[0][0] == Kind.STEP else []
 
     with FakeServer(handle=handle) as server, WallClock() as clock:
-        target, file = Target(server.endpoint), tmp_path / "in.npy"
-        if command == "produce":
-            running = produce(Produce(target, file=file, pace=Pace(100.0, None)), terminal, stop, clock)
-        else:
-            running = replay(ReplayJob(target, file, rate_hz=100.0), terminal, stop, clock)
-        await asyncio.wait_for(running, 20)
+        job = SendJob(Target(server.endpoint), Pace(100.0), tmp_path / "in.npy")
+        await asyncio.wait_for(send(job, terminal, stop, clock), 20)
     values = terminal.json()
-    assert (values.get("answered_frames", values["frames"]), values["stopped"], stop.gave_up) == (3, True, True)
+    assert (values["answered_frames"], values["stopped"], stop.gave_up) == (3, True, True)

@@ -5,23 +5,25 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from instep_client.protocol.wire import F32
 from instep_tools.connect import Target
+from instep_tools.formats.columns import Choice
 from instep_tools.formats.read import read_sequences
 from instep_tools.formats.table import CHUNK_FRAMES
 from instep_tools.formats.write import WRITERS, Format, SavedOutputs
 from instep_tools.pacing import Stop
 from instep_tools.problems import BadFile, Exit
-from instep_tools.replay import ReplayJob, replay
+from instep_tools.send import SendJob, send
 from instep_tools.sequences import RecordedSequences
 from tests.support.fake_server import INFO, FakeServer, reference
 from tests.support.small_files import files_of_at_most
 from tests.tools.helpers import JumpingClock, RememberingTerminal, save_table
-from tests.tools.producing import ProduceRun
+from tests.tools.sending import SendRun, lines_of
 
 
 @pytest.fixture(params=WRITERS)
@@ -30,18 +32,22 @@ def format(request: pytest.FixtureRequest) -> Format:
     return found
 
 
-async def test_a_producer_keeps_the_older_file_until_the_new_one_is_complete(
+async def test_lines_keep_the_older_file_until_the_new_one_is_complete(
     tmp_path: Path, rng: np.random.Generator, format: Format
 ) -> None:
     (tmp_path / "out").mkdir()
     file, link = tmp_path / "out" / f"keep.{format}", tmp_path / "out" / f"link.{format}"
     link.symlink_to(file)
     file.write_text("older")
-    np.save(tmp_path / "x.npy", rng.standard_normal((4, 640, 3)))
+    x = rng.standard_normal((2560, 3)).astype(np.float32)
+    (tmp_path / "in").write_text(
+        "".join(f"{'abcd'[row % 4]} {line}" for row, line in enumerate(lines_of(x).splitlines(True)))
+    )
+    lines: dict[str, Any] = {"stdin": tmp_path / "in", "choice": Choice(named=True), "output": link}
     with files_of_at_most(30_000), pytest.raises(BadFile, match="File too large"):
-        await ProduceRun()(file=tmp_path / "x.npy", save=link)
+        await SendRun()(**lines)
     assert (file.read_text(), len(os.listdir(tmp_path / "out"))) == ("older", 2)
-    assert await ProduceRun()(file=tmp_path / "x.npy", save=link) == Exit.OK
+    assert await SendRun()(**lines) == Exit.OK
     assert read_sequences(file).lengths.tolist() == [640] * 4
     assert (link.is_symlink(), len(os.listdir(tmp_path / "out"))) == (True, 2)
 
@@ -73,18 +79,18 @@ async def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", np.ones((50, 3)))
     with ThreadPoolExecutor() as threads:
         reading = threads.submit((tmp_path / "y.csv").read_text)
-        assert await ProduceRun()(file=tmp_path / "x.npy", save=tmp_path / "y.csv") == Exit.OK
+        assert await SendRun()(file=tmp_path / "x.npy", output=tmp_path / "y.csv") == Exit.OK
         assert len(reading.result().splitlines()) == 51
 
 
-async def test_a_replay_keeps_older_files_and_its_result(tmp_path: Path, format: Format) -> None:
+async def test_a_file_keeps_older_files_and_its_result(tmp_path: Path, format: Format) -> None:
     x = np.ones((14, 3), np.float32)
     save_table(tmp_path / "in.npz", RecordedSequences(("a",), np.array([14]), x, reference(x)[0]))
     terminal, keep = RememberingTerminal(as_json=True), tmp_path / f"keep.{format}"
     keep.write_text("older")
     with FakeServer() as server, files_of_at_most(100):
-        wanted = ReplayJob(Target(server.endpoint), tmp_path / "in.npz", check=True, save=keep)
-        assert await replay(wanted, terminal, Stop(), JumpingClock()) == Exit.COULD_NOT_RUN
+        wanted = SendJob(Target(server.endpoint), file=tmp_path / "in.npz", check=True, output=keep)
+        assert await send(wanted, terminal, Stop(), JumpingClock()) == Exit.COULD_NOT_RUN
     values = terminal.json()
     assert (values["saved"], values["check"]["frames"], values["check"]["different"]) == (None, 14, 0)
     assert (keep.read_text(), len(os.listdir(tmp_path))) == ("older", 2)

@@ -30,7 +30,7 @@ class Choice:
     """Names or shell patterns of the frame's columns, in this order; empty to recognise them."""
     time: str | None = None
     """The column with the time; None for the first of `TIME_COLUMNS`."""
-    only: str = "*"
+    streams: str = "*"
     """A shell pattern of the names of streams."""
 
 

@@ -65,19 +65,19 @@ def read_mcap(path: Path, choice: Choice, on_progress: Callable[[float], None]) 
         own = next((record.metadata for record in reader.iter_metadata() if record.name == METADATA), {})
         summary = reader.get_summary()
         topics = [] if summary is None else sorted({channel.topic for channel in summary.channels.values()})
-        chosen = [topic for topic in topics if fnmatchcase(topic, choice.only)]
+        chosen = [topic for topic in topics if fnmatchcase(topic, choice.streams)]
         for _, channel, message, value in reader.iter_decoded_messages(chosen):
             found = dict(_numbers(value))
             names = names or list(found)
             if list(found) != names:
                 raise BadFile(
-                    f"{path}: choose topics with --only, because messages have different numbers ({', '.join(topics)})"
+                    f"{path}: choose topics with --streams: messages have different numbers ({', '.join(topics)})"
                 )
             rows.append(list(found.values()))
             labels.append((channel.topic, int(channel.metadata.get("stream_id", 0)), message.log_time))
             on_progress(file.tell() / size)
     if not names:
-        raise BadFile(f"{path} has no messages of numbers in a topic that fits {choice.only!r}: {', '.join(topics)}")
+        raise BadFile(f"{path} has no messages of numbers in a topic that fits {choice.streams!r}: {', '.join(topics)}")
     streams, ids, times = zip(*labels, strict=True)
     columns = dict(zip(names, np.array(rows, np.float64).T, strict=True))
     if "seq" in columns:

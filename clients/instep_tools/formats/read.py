@@ -51,9 +51,11 @@ def read_sequences(
     except Exception as error:  # of a damaged file, the libraries raise errors of many kinds
         why = str(getattr(error, "strerror", None) or error)
         raise BadFile(f"{path} cannot be read: {' '.join(why.split())}") from None
-    kept = [row for row, name in enumerate(sequences.names) if fnmatchcase(name, choice.only)]
+    kept = [row for row, name in enumerate(sequences.names) if fnmatchcase(name, choice.streams)]
     if not kept:
-        raise CommandProblem(f"no stream's name fits {choice.only!r}; the first one is called {sequences.names[0]!r}")
+        raise CommandProblem(
+            f"no stream's name fits {choice.streams!r}; the first one is called {sequences.names[0]!r}"
+        )
     sequences = sequences if len(kept) == len(sequences) else sequences.select(kept)
     _check_values(path, sequences)
     return sequences
@@ -188,7 +190,7 @@ def _read_parquet(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
 
 
 def _read_json(path: Path, choice: Choice, on_progress: OnProgress) -> Table:
-    """Read JSON lines as `produce` prints them; lists of numbers become columns x0, x1 and so on."""
+    """Read JSON lines as `send` prints them; lists of numbers become columns x0, x1 and so on."""
     with path.open(encoding="utf-8") as file:
         lines = [json.loads(line) for line in file if line.strip()]
     columns: dict[str, npt.NDArray[Any]] = {}

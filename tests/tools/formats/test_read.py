@@ -97,7 +97,7 @@ def test_streams_of_a_text(tmp_path: Path) -> None:
     assert parts(many) == {"a": [[1], [3]], "b": [[2]]}
     assert many.times_ns is not None
     assert many.times_ns.tolist() == [0, 10**9, 5 * 10**8]
-    named = text(tmp_path / "named.csv", '007,1,2\n"a, b",3,4\n007,5,6\n', named=True, only="0*")
+    named = text(tmp_path / "named.csv", '007,1,2\n"a, b",3,4\n007,5,6\n', named=True, streams="0*")
     assert parts(named) == {"007": [[1, 2], [5, 6]]}
 
 
@@ -143,7 +143,7 @@ def test_a_table_in_an_npz(tmp_path: Path) -> None:
     assert read.answered is not None
     assert read.times_ns is not None
     assert (read.answered.tolist(), read.times_ns.tolist()) == ([False, True, True], [8, 9, 0])
-    swapped = read_sequences(tmp_path / "u.npz", Choice(columns=("y1", "x0"), only="a"))
+    swapped = read_sequences(tmp_path / "u.npz", Choice(columns=("y1", "x0"), streams="a"))
     assert parts(swapped) == {"a": [[8, 2]]}
 
 
@@ -208,14 +208,14 @@ def write_ros2(path: Path) -> None:
 def test_topics_of_a_ros2_bag(tmp_path: Path) -> None:
     write_ros2(tmp_path / "bag.mcap")
     shares: list[float] = []
-    read = read_sequences(tmp_path / "bag.mcap", Choice(only="/imu"), shares.append)
+    read = read_sequences(tmp_path / "bag.mcap", Choice(streams="/imu"), shares.append)
     assert 0 < shares[0] <= shares[-1] <= 1
     assert parts(read) == {"/imu": [[1, 10, 100, 1, -1], [2, 20, 200, 2, -2]]}
     assert read.times_ns is not None
     assert read.times_ns.tolist() == [1, 2]
-    chosen = Choice(only="/imu", columns=("data1", "rate.x"))
+    chosen = Choice(streams="/imu", columns=("data1", "rate.x"))
     assert parts(read_sequences(tmp_path / "bag.mcap", chosen)) == {"/imu": [[-1, 1], [-2, 2]]}
-    for choice, named in ((Choice(), "--only"), (Choice(only="/note"), "/note"), (Choice(only="/x"), "'/x'")):
+    for choice, named in ((Choice(), "--streams"), (Choice(streams="/note"), "/note"), (Choice(streams="/x"), "'/x'")):
         with pytest.raises(BadFile, match=named):
             read_sequences(tmp_path / "bag.mcap", choice)
 
@@ -241,9 +241,9 @@ def test_topics_of_json_and_protobuf(tmp_path: Path) -> None:
             writer.add_message(channel, 1, message, 1)
         writer.finish()
     for only, columns, frame in (("/json", (), [1, 2, 3]), ("/json", ("a.b",), [1]), ("/pb", (), [0, 7])):
-        assert parts(read_sequences(tmp_path / "a.mcap", Choice(only=only, columns=columns))) == {only: [frame]}
+        assert parts(read_sequences(tmp_path / "a.mcap", Choice(streams=only, columns=columns))) == {only: [frame]}
     with pytest.raises(BadFile, match="cbor"):
-        read_sequences(tmp_path / "a.mcap", Choice(only="/other"))
+        read_sequences(tmp_path / "a.mcap", Choice(streams="/other"))
 
 
 STRANGERS: dict[str, Callable[[Path], object]] = {
@@ -271,7 +271,7 @@ def test_files_that_cannot_be_read_are_a_sentence_each(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize(
-    ("choice", "named"), [(Choice(named=True), "--named"), (Choice(time="t"), "'t'"), (Choice(only="b*"), r"'b\*'")]
+    ("choice", "named"), [(Choice(named=True), "--named"), (Choice(time="t"), "'t'"), (Choice(streams="b*"), r"'b\*'")]
 )
 def test_choices_that_arrays_do_not_have(tmp_path: Path, choice: Choice, named: str) -> None:
     np.save(tmp_path / "a.npy", F32)

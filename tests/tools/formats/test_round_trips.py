@@ -86,8 +86,8 @@ def test_an_export_is_replayed_and_checked(
     assert exported.exit_code == 0
     has_no_states = format == "csv" and with_states
     assert ("CSV does not hold the states" in exported.stdout) == has_no_states
-    for file, more in ((tmp_path / "r.instep", []), (path, ["--save", str(again)]), (again, [])):
-        checked = client(server, "replay", file, "--check", "--speed", "max", "--json", *more)
+    for file, more in ((tmp_path / "r.instep", []), (path, ["--output", str(again)]), (again, [])):
+        checked = client(server, "send", file, "--check", "--speed", "max", "--json", *more)
         if has_no_states and file == path:
             assert checked.exit_code == 1
             return
@@ -96,29 +96,28 @@ def test_an_export_is_replayed_and_checked(
         assert (check["frames"], check["different"]) == (frames, 0)
 
 
-def test_what_produce_saves_or_prints_is_replayed(
+def test_what_is_saved_or_printed_can_be_sent_again(
     tmp_path: Path, server: FakeServer, rng: np.random.Generator, format: Format
 ) -> None:
     x = rng.integers(-5, 6, (12, 3)).astype(np.float32)
     lines = "".join(f"mic-{row % 2} {' '.join(map(str, frame))}\n" for row, frame in enumerate(x))
     (tmp_path / "in.txt").write_text(lines)
     path = tmp_path / f"p.{format}"
-    produced = client(server, "produce", tmp_path / "in.txt", "--named", "--save", path)
+    produced = client(server, "send", tmp_path / "in.txt", "--named", "--output", path)
     assert produced.exit_code == 0, produced.stderr
     saved = read_sequences(path)
     assert (saved.names, saved.times_ns) == (("mic-0", "mic-1"), None)
     assert saved.outputs is not None
     np.testing.assert_array_equal(saved.outputs, np.concatenate([reference(x[part::2])[0] for part in (0, 1)]))
-    printed = client(server, "produce", path, "--format", "jsonl", "--columns", "x*", "--only", "mic-1")
+    printed = client(server, "send", path, "--format", "jsonl", "--columns", "x*", "--streams", "mic-1")
     assert [json.loads(line)["y"] for line in printed.stdout.splitlines()] == reference(x[1::2])[0].tolist()
     (tmp_path / "y.jsonl").write_text(printed.stdout)
     for file in (path, tmp_path / "y.jsonl"):
-        checked = client(server, "replay", file, "--check")
+        checked = client(server, "send", file, "--check")
         assert (checked.exit_code, checked.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("command", ["replay", "produce"])
-def test_columns_names_and_topics_are_chosen(tmp_path: Path, server: FakeServer, command: str) -> None:
+def test_columns_names_and_topics_are_chosen(tmp_path: Path, server: FakeServer) -> None:
     (tmp_path / "s.csv").write_text("at_ms,label,c,a,b\n0,up,3,1,2\n20,down,6,4,5\n")
     (tmp_path / "n.csv").write_text("mic,1,2,3\nmic,4,5,6\ntap,1,2,3\n")
     write_ros2(tmp_path / "b.mcap")
@@ -126,14 +125,14 @@ def test_columns_names_and_topics_are_chosen(tmp_path: Path, server: FakeServer,
     for file, flags, names, frames in (
         ("s.csv", "--columns a,b,c --time at_ms --speed x2", ("s",), rows),
         ("n.csv", "--named", ("mic", "tap"), [*rows, rows[0]]),
-        ("b.mcap", "--only /imu --speed max --columns rate.*", ("/imu",), [[1, 10, 100], [2, 20, 200]]),
+        ("b.mcap", "--streams /imu --speed max --columns rate.*", ("/imu",), [[1, 10, 100], [2, 20, 200]]),
     ):
-        done = client(server, command, tmp_path / file, *flags.split(), "--save", tmp_path / "y.npz")
+        done = client(server, "send", tmp_path / file, *flags.split(), "--output", tmp_path / "y.npz")
         assert done.exit_code == 0, done.stderr
         saved = read_sequences(tmp_path / "y.npz")
         assert (saved.names, saved.frames.tolist()) == (names, frames)
-    for file, flags, named in (("s.csv", "--columns a,d", "'d'"), ("b.mcap", "--only /imu", "--columns")):
-        failed = client(server, command, tmp_path / file, *flags.split())
+    for file, flags, named in (("s.csv", "--columns a,d", "'d'"), ("b.mcap", "--streams /imu", "--columns")):
+        failed = client(server, "send", tmp_path / file, *flags.split())
         assert (failed.exit_code, named in failed.stderr) == (2, True)
 
 
@@ -167,7 +166,7 @@ def test_a_damaged_file_is_read_or_refused_with_a_sentence(
     tmp_path: Path, server: FakeServer, rng: np.random.Generator, format: Format
 ) -> None:
     record(tmp_path / "r.instep", rng, with_states=True)
-    client(server, "replay", tmp_path / "r.instep", "--speed", "max", "--save", tmp_path / f"e.{format}")
+    client(server, "send", tmp_path / "r.instep", "--speed", "max", "--output", tmp_path / f"e.{format}")
     whole = (tmp_path / f"e.{format}").read_bytes()
     said: list[str] = []
     for _ in range(150):

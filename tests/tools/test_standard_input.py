@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from instep_tools.live import CHUNK_BYTES, read_lines
 from instep_tools.pacing import Stop
 from instep_tools.problems import BadFile
+from instep_tools.standard_input import CHUNK_BYTES, read_lines
 
 
 @pytest.fixture

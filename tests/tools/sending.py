@@ -1,4 +1,4 @@
-"""Runs of `instep produce` against a fake server."""
+"""Runs of `instep send` against a fake server."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import numpy as np
 from instep_client.protocol.codes import Code
 from instep_client.protocol.wire import F32, Kind
 from instep_tools.connect import Target
-from instep_tools.live import Pace
 from instep_tools.pacing import Stop
 from instep_tools.problems import Exit
-from instep_tools.produce import Produce, produce
+from instep_tools.send import SendJob, send
 from tests.support.fake_server import FakeServer, Message
-from tests.tools.helpers import JumpingClock, RememberingTerminal
-
-FAST = Pace(None, None)
+from tests.tools.helpers import JumpingClock, RememberingTerminal, info_with
 
 
-class ProduceRun:
+class SendRun:
     """One run of the command against a fake server."""
 
-    def __init__(self, *, as_json: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, **info: Any) -> None:
         self.terminal = RememberingTerminal(as_json)
         self.stop = Stop()
         self.clock = JumpingClock()
-        self.server = FakeServer()
+        self.server = FakeServer(info_with(**info))
+        self.opened: dict[str, None] = {}
+        self.most_open = 0
+        self.server.rules.fault = self._watch
         self.keeps: set[str] = set()
         """Streams of others."""
 
@@ -39,10 +39,20 @@ class ProduceRun:
             server = stack.enter_context(self.server)
             if stdin is not None:
                 stack.enter_context(patch("sys.stdin", stack.enter_context(stdin.open())))
-            wanted = Produce(Target(server.endpoint), **{"pace": FAST, "name": "produce", **what})
-            ending = await produce(wanted, self.terminal, self.stop, self.clock)
+            job = SendJob(Target(server.endpoint), **what)
+            ending = await send(job, self.terminal, self.stop, self.clock)
             assert server.rules.names.keys() == self.keeps, "streams are left open"
         return ending
+
+    @property
+    def compared(self) -> tuple[int, int]:
+        """The number of frames that were compared, and of those that differ."""
+        check = self.terminal.json()["check"]
+        return check["frames"], check["different"]
+
+    def _watch(self, header: list[Any], frames: list[bytes]) -> None:
+        self.opened |= dict.fromkeys(self.server.rules.names)
+        self.most_open = max(self.most_open, len(self.server.rules.names))
 
     def printed(self) -> dict[str, F32]:
         """The outputs by stream; checks that seqs count from 0."""

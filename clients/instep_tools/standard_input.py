@@ -1,4 +1,4 @@
-"""Sends lines live, each when it arrives."""
+"""Sends lines of text, each when it arrives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from instep_client.protocol.errors import Refused, StreamRefused
 from instep_tools.formats.columns import Choice
 from instep_tools.formats.lines import BAD_LINES_NAMED, BadLine, LineReader
 from instep_tools.outputs import Answers, SentFrames
-from instep_tools.pacing import Clock, Stop, wait_until
+from instep_tools.pacing import Clock, Pace, Stop, wait_until
 from instep_tools.pipeline import pipeline
 from instep_tools.problems import BadFile, CommandProblem
 from instep_tools.terminal import Terminal
@@ -29,8 +29,6 @@ LINES_ON_THE_WAY: Final = 1024
 CHUNK_BYTES: Final = 65_536
 MAX_LINE_MIB: Final = 16
 """Longer than the text of any frame; a longer line is not text."""
-
-ALL_ENDED: Final = "the server has ended every stream, so nothing more is sent: run the command again to open new ones"
 
 
 def why_not_opened(refused: StreamRefused, is_own_name: bool = True) -> str:
@@ -42,21 +40,9 @@ def why_not_opened(refused: StreamRefused, is_own_name: bool = True) -> str:
     return f"{refused.code.name}: a stream {refused.stream!r} is open or parked: {other}close it with {close}"
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """The rate and the amount of sending."""
-
-    rate_hz: float | None
-    """Frames per second for each stream; None for as fast as possible, or for the frames' own times."""
-    frames: int | None
-    """The most frames of each stream."""
-    speed: float | None = None
-    """The factor on real time; infinite to ignore times; None for 1."""
-
-
 @dataclass
-class LiveRun:
-    """One connection of a live producer."""
+class LineSender:
+    """One connection, and the streams that lines name."""
 
     client: AsyncClient
     pace: Pace
@@ -94,12 +80,12 @@ class LiveRun:
                     continue
                 if line is None:
                     continue
-                if line.stream is None and choice.only != "*":
+                if line.stream is None and choice.streams != "*":
                     raise CommandProblem(
-                        "--only chooses streams by their names, and the lines have none: leave it out, or name the "
+                        "--streams chooses streams by their names, and the lines have none: leave it out, or name the "
                         "stream in a column (--named, or a header with the column stream)"
                     )
-                if line.stream is not None and not fnmatchcase(line.stream, choice.only):
+                if line.stream is not None and not fnmatchcase(line.stream, choice.streams):
                     continue
                 bad_together = 0
                 name = line.stream or own_name
