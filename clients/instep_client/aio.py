@@ -432,7 +432,8 @@ class AsyncClient:
                 `tcp://127.0.0.1:5757`. Of a cluster, any server will do, or several of them, separated by commas.
             name: for the server's log at level debug; may be empty.
             timeout_s: seconds to wait for a silent server.
-            reconnect_s: seconds to try for another connection after one was lost; 0 for none.
+            reconnect_s: seconds to try for another connection after one was lost, and for the first one of several
+                endpoints; 0 for none.
             model: the name of the model; None for $INSTEP_MODEL, or else the server's default. A connection belongs to
                 one model.
             wait: wait up to `timeout_s` for a server that does not listen yet, instead of failing at once.

@@ -22,7 +22,8 @@ from instep_client.arguments import Indices, good_names
 from instep_client.connection import ENDED, OPEN, Call
 from instep_client.driver import Driver
 from instep_client.key_files import ClientKeys
-from instep_client.protocol.errors import ConnectionRefused, InstepError
+from instep_client.protocol.codes import Code
+from instep_client.protocol.errors import ConnectionFailed, ConnectionRefused, HandshakeFailed, InstepError, Refused
 from instep_client.protocol.wire import shard_of
 from instep_client.session import Session
 
@@ -32,6 +33,8 @@ _LOOK_S: Final = 0.25
 """The time between two questions where the shards are, and before the next of several given endpoints is tried."""
 _ANSWER_S: Final = 1.0
 """The longest wait for an answer to that question."""
+_PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN})
+"""Codes with which a server refuses a client only for a while."""
 _REFRESH_S: Final = 60.0
 """A client whose connections are all well asks for the table this often, so that its table does not grow old."""
 
@@ -94,10 +97,10 @@ class Links:
     async def connect(self, wait: bool) -> None:
         """Connect, and learn where the other shards are; see `Driver.start`.
 
-        Of several endpoints the first that answers is used. If none does, this raises an error that says more than that
-        nothing listens, if there is one.
+        Of several endpoints the first that answers is used. If none has done so for `reconnect_s`, this raises an error
+        that says more than that nothing listens, if there is one.
         """
-        starts = [partial(driver.start, wait) for driver in self._given]
+        starts = [partial(self._start, place, wait, time.monotonic()) for place in range(len(self._given))]
         _, fastest, failures = await staggered_race(starts, _LOOK_S)
         if fastest is None:
             raise min(filter(None, failures), key=lambda error: isinstance(error, ConnectionRefused))
@@ -113,6 +116,20 @@ class Links:
                 await self.close()
                 raise
             self._following = asyncio.create_task(self._follow())
+
+    async def _start(self, place: int, wait: bool, began: float) -> None:
+        """Start a given connection; where there are several, again for a while, because a node may be taking over."""
+        tries_s = self.first.session.attempts.reconnect_s if len(self._given) > 1 else 0.0
+        while True:
+            driver = self._given[place]
+            try:
+                return await driver.start(wait)
+            except (ConnectionFailed, Refused) as error:
+                is_final = isinstance(error, Refused) and error.code not in _PASSES
+                if is_final or isinstance(error, HandshakeFailed) or time.monotonic() >= began + tries_s:
+                    raise
+            await asyncio.sleep(_LOOK_S)
+            self._given[place] = self._make(driver.session.endpoint)
 
     async def close(self, park: bool = False) -> None:
         """Close every connection and its streams; see `Driver.stop`."""

@@ -416,6 +416,8 @@ class Opening(StreamsRequest[StreamHandle]):
         self.grants: GrantArray = np.zeros(len(self.names), GRANT)
         self.abandoned = False
         """Whether nobody waits for the result any more."""
+        self._until = 0.0
+        """How long it is asked again where its shard moves to another server; 0 before it was refused for that."""
 
     def ask(self) -> None:
         """Ask for all streams, unless nobody waits for them any more."""
@@ -432,7 +434,17 @@ class Opening(StreamsRequest[StreamHandle]):
         self.grants[part], failures = replies.granted(header, frames, len(part))
         return failures
 
+    def _is_asked_again(self) -> bool:
+        session, is_moving = self.session, self.refusal is not None and self.refusal.code is Code.SHUTTING_DOWN
+        if is_moving and session.info.term and not self.abandoned and not self.grants["handle"].any():
+            self._until = self._until or session.now + session.attempts.reconnect_s
+            return session.now < self._until
+        return False
+
     def _conclude(self) -> None:
+        if self._is_asked_again():
+            self.session.ask_again(self)
+            return
         error = InstepError("the call was cancelled") if self.abandoned else self._why_refused()
         if error is None:
             self.finish(self.session.table.add(self.names, self.grants, self.single))

@@ -76,6 +76,8 @@ T = TypeVar("T", bound=TurnCall[Any])
 _STEPPED: Final = int(Kind.STEPPED)
 _DOUBT_S: Final = 1.0
 """The silence of a shard's server after which others are asked whether another one has taken its place."""
+_AGAIN_S: Final = 0.25
+"""The time after which a request is asked again that was refused because the server ends."""
 _PASSES: Final = frozenset({Code.BUSY, Code.SHUTTING_DOWN, Code.UNKNOWN_MODEL})
 """Codes with which a HELLO or RESUME is refused only for a while; a model may also be unloaded and loaded again."""
 
@@ -156,7 +158,8 @@ class Session:
         """Why a handshake failed; empty if none did, or for a reason that is not known."""
         self._wants_socket = False
         self._postponed: dict[Request[Any], None] = {}
-        """Requests to ask, or ask again, over the next connection."""
+        """Requests to ask, or ask again, over the next connection; or a little later, if the server is about to end."""
+        self._postponed_until = 0.0
         self._claim: Claim | None = None
         """The claim over a new connection, from its WELCOME on until all streams were claimed."""
         self._is_new = True
@@ -241,6 +244,8 @@ class Session:
         if self.state is RECONNECTING:
             self._recover()
         if self.state is OPEN:
+            if now >= self._postponed_until:
+                self._ask_postponed()
             self.queue.advance(now)
         is_waiting = self.state is not ENDED and self.is_waiting
         keep_alive_s = math.inf if is_waiting else self._keep_alive_s()
@@ -261,7 +266,7 @@ class Session:
             return None
         soonest = self._silence.deadline
         if self.state is OPEN:
-            soonest = min(soonest, self.queue.deadline())
+            soonest = min(soonest, self.queue.deadline(), self._postponed_until if self._postponed else math.inf)
         elif self.state is RECONNECTING and not self.outbox.waits_for(Kind.RESUMED):
             soonest = min(soonest, self.attempts.deadline())
         return None if soonest == math.inf else soonest
@@ -447,6 +452,16 @@ class Session:
             request.ask()
         return request
 
+    def ask_again(self, request: Request[Any]) -> None:
+        """Ask a refused request a little later, perhaps another server, because the shard moves."""
+        self._postponed[request] = None
+        self._postponed_until = self.now + _AGAIN_S
+
+    def _ask_postponed(self) -> None:
+        postponed, self._postponed = self._postponed, {}
+        for request in postponed:
+            request.ask()
+
     # ── Messages ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _handle_stepped(self, frames: Sequence[Frame]) -> None:
@@ -569,9 +584,7 @@ class Session:
         """All streams were claimed after a loss: send unanswered frames and requests again."""
         self._claim = None
         self.state = OPEN
-        postponed, self._postponed = self._postponed, {}
-        for request in postponed:
-            request.ask()
+        self._ask_postponed()
         if not self.outbox.unanswered:
             self.attempts.worked()
 

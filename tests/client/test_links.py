@@ -33,7 +33,7 @@ from instep_client import (
     StreamRefused,
 )
 from instep_client.protocol.wire import Kind, ShardTable
-from tests.support.fake_server import RING_INFO, FakeServer, fake_shards, goodbye, reference
+from tests.support.fake_server import RING_INFO, FakeServer, error, fake_shards, goodbye, reference
 from tests.support.keys import KeyRing
 from tests.support.models import SMALL, torch_gru
 from tests.support.running import running
@@ -192,7 +192,7 @@ async def test_of_several_endpoints_the_one_that_wants_a_key_is_named(tmp_path: 
     async with shards(1, transport=KeyRing(tmp_path, mic={}).transport) as (server,):
         for endpoints in (f"{closed_port()},{server.endpoint}", f"{server.endpoint},{closed_port()}"):
             with pytest.raises(HandshakeFailed) as wanted:
-                await AsyncClient(endpoints).connect()
+                await AsyncClient(endpoints, reconnect_s=0.3).connect()
             assert server.endpoint in str(wanted.value)
 
 
@@ -222,8 +222,21 @@ def test_one_of_several_endpoints_has_to_answer(server: FakeServer) -> None:
     with Client(f"{dead}, {dead},{server.endpoint}") as client:
         assert client.open("a").next_seq == 0
     with pytest.raises(ConnectionRefused) as refused:
-        Client(f"{dead},{closed_port()}").connect()
+        Client(f"{dead},{closed_port()}", reconnect_s=0.0).connect()
     assert dead in str(refused.value)
+
+
+async def test_several_endpoints_are_tried_until_one_answers() -> None:
+    with FakeServer() as late:
+        late.rules.fault = lambda header, frames: [error(header[1], Code.SHUTTING_DOWN)]  # as while its shard moves
+        client = AsyncClient(f"{closed_port()},{late.endpoint}")
+        connecting = asyncio.create_task(client.connect())
+        while Kind.HELLO not in late.rules.kinds:
+            await asyncio.sleep(0.01)
+        assert not connecting.done()
+        late.rules.fault = None
+        await connecting
+        await client.close()
 
 
 async def test_of_two_servers_that_answer_at_once_one_is_left() -> None:
@@ -242,6 +255,32 @@ async def test_of_two_servers_that_answer_at_once_one_is_left() -> None:
                 await asyncio.sleep(0.05)
         assert (await client.open("a")).next_seq == 0
         await client.close()
+
+
+@pytest.mark.parametrize("kind", [Kind.OPEN, Kind.RESUME])
+async def test_what_a_server_refuses_because_its_shard_moves_is_asked_of_the_next_one(kind: Kind) -> None:
+    with fake_shards((0, 1), (1, 1), (0, 2)) as (first, other, successor):
+        async with AsyncClient(first.endpoint) as client:
+            await client.open(OF_0)
+            first.rules.draining = True
+            begin = client.open("d") if kind is Kind.OPEN else client.resume(OF_0, take_over=True)
+            beginning = asyncio.create_task(begin)
+            while first.rules.kinds[-1] is not kind:
+                await asyncio.sleep(0.01)
+            successor.rules.take_over_from(first.rules)
+            other.rules.table[0] = (2, successor.endpoint)
+            first.push(goodbye())
+            assert (await beginning).next_seq == 0
+            assert kind in successor.rules.kinds
+
+
+async def test_a_shard_that_only_refuses_is_given_up_in_time() -> None:
+    with fake_shards((0, 1), (1, 1)) as (first, _):
+        async with AsyncClient(first.endpoint, reconnect_s=0.3) as client:
+            first.rules.draining = True
+            with pytest.raises(StreamRefused) as refused:
+                await client.open("d")
+    assert refused.value.code is Code.SHUTTING_DOWN
 
 
 OF_0, OF_1 = "mic-1", "mic-4"
