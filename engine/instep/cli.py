@@ -174,7 +174,7 @@ def serve(
             raise
     if check:
         loaded = loaded.with_values({"log.file": None})  # it writes nothing
-    from instep.server.checks import CannotServe, before_loading, rehearse, settle
+    from instep.server.checks import CannotServe, check_before_loading, rehearse
     from instep.server.log import make_log
 
     try:
@@ -185,12 +185,9 @@ def serve(
         for sentence in unknown_variables():
             log.warning("unknown setting", reason=sentence)
         restart = restart or shards > 1
-        found = before_loading(loaded, restart=restart, shards=shards)
-        settle((each for each in found if each.severity == "problem"), log)  # before PyTorch, which takes seconds
-        for _, folder in loaded.model.folders:
-            log.info("loading", model=str(folder))
         if check:
             return rehearse(loaded, log, restart=restart, shards=shards)
+        check_before_loading(loaded, log, restart=restart, shards=shards)  # before PyTorch, which takes seconds
         if shards > 1:
             from instep.cluster.shards import run as run_shards
 

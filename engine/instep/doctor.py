@@ -113,7 +113,7 @@ def _collecting(findings: list[Finding], facts: dict[str, Any]) -> structlog.std
             what = str(fields.get("reason", "")) if event == "will hurt" else f"{event}: {fields.get('reason', '')}"
             cure = str(fields.get("next", "docs/operations.md explains each line of the log"))
             findings.append(Finding("warning", what, cure))
-        elif event != "compiled":
+        elif event not in ("compiled", "loading"):
             about = " ".join((event, *([str(fields.pop("model"))] if "model" in fields else [])))
             facts[about] = ", ".join(f"{name} {value}" for name, value in fields.items())
         return ""

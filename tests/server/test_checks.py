@@ -81,7 +81,7 @@ async def test_a_recording_would_be_continued_and_stays_as_it_is(
         capsys.readouterr()
         with pytest.raises(CannotServe, match="being written"):
             check(config)
-        assert said(capsys) == {}, "nothing was compiled"
+        assert "compiled" not in said(capsys)
     before = contents(folder)
     capsys.readouterr()
     check(config)

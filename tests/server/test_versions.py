@@ -16,7 +16,7 @@ from instep.models.folder import write_model
 from instep.models.model import Model
 from instep.recording.reader import RecordingReader
 from instep.recording.writer import RecordingWriter
-from instep.server.models import Moved
+from instep.server.moves import Moved
 from instep.server.preparation import CannotServe
 from instep.server.recordings import recording_header
 from instep.streaming.service import ModelService

@@ -15,7 +15,7 @@ from instep.core.typing import F32
 from instep.models.folder import write_model
 from instep.program import app
 from instep.recording.reader import RecordingReader
-from instep.server.models import UNDER_WAY
+from instep.server.loader import UNDER_WAY
 from instep.server.server import Server
 from tests.support.models import plain, whole
 

@@ -39,7 +39,7 @@ from instep.interrupts import ENDINGS, signal_name
 from instep.recording.errors import RecordingError
 from instep.security.keys import ServerKeys
 from instep.security.principals import Principals
-from instep.server.checks import CannotServe, before_loading
+from instep.server.checks import CannotServe, before_loading, report
 from instep.server.log import make_log
 from instep.server.serve import Kept, Launch, ServiceManager, has_terminal, launching, serve_one
 from instep.server.supervisor import MOST_RESTARTS, WITHIN_S, become_child, ended_processes
@@ -456,15 +456,15 @@ def run(config: Config, reread: Callable[[], Config], directory: str, name: str,
         )
     if folder is None or config.recording.durability == "memory":
         raise CannotServe("a node records: give --record FOLDER, and recording.durability commit or fsync")
+    log = make_log(config.log)
     with closing(Caller(directory, keys_for(config.node_transport, DIRECTORY))) as caller:
-        shards = DirectoryClient(caller, make_log(config.log)).shards()
-    found = before_loading(config, restart=True, shards=shards, copies=shards)
-    problems = (each for each in found if each.severity == "problem")
+        shards = DirectoryClient(caller, log).shards()
+    report(before_loading(config, restart=True, shards=shards, copies=shards), log)
 
     def reread_rest() -> Config:  # models stay: the next process of any shard here is a fork that has these
         return reread().model_copy(update={"model": config.model})
 
-    with launching(config, problems, reread_rest, supervised=True) as launch, folder_of_sockets() as sockets:
+    with launching(config, reread_rest, supervised=True) as launch, folder_of_sockets() as sockets:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "agent.lock").open("w") as lock:
             try:

@@ -15,7 +15,7 @@ import numpy as np
 from instep.cluster.admin import serve_admin
 from instep.config import Config
 from instep.frontends.shards import Shard, for_table
-from instep.server.checks import CannotServe, before_loading
+from instep.server.checks import CannotServe
 from instep.server.recording_files import SHARDS_FILE, shards_in
 from instep.server.serve import Kept, launching, serve_one
 from instep.server.supervisor import Child, supervise
@@ -39,8 +39,7 @@ def run(config: Config, shards: int, *, reread: Callable[[], Config]) -> int:
     """
     endpoints = tuple(for_table(config.of_shard(number).transport.endpoint) for number in range(shards))
     table = ShardTable(np.zeros(shards, np.uint64), endpoints)
-    found = before_loading(config, restart=True, shards=shards)
-    with launching(config, found, reread, supervised=True, servers=shards) as launch, folder_of_sockets() as sockets:
+    with launching(config, reread, supervised=True, servers=shards) as launch, folder_of_sockets() as sockets:
         if config.recording.path is not None:
             claim(config.recording.path, shards)
         for number in range(shards):

@@ -19,17 +19,16 @@ from instep.frontends.zmq.frontend import ZmqFrontend
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Router
 from instep.recording.errors import RecordingError, with_advice
-from instep.recording.writer import RecordingWriter
 from instep.runtime.stepper import Stepper
 from instep.security.keys import ServerKeys
 from instep.server import checks
 from instep.server.live_verification import Supervision
 from instep.server.loop import Loop, Shutdown
 from instep.server.preparation import CannotServe, Prepared, log_of
-from instep.server.recordings import Planned, open_recording, plan, record
+from instep.server.recordings import NextModel
 from instep.server.server import Server
-from instep.server.services import Foundation, busy_poll_ns, lay_foundation, make_served, make_service, steps_in_process
-from instep.streaming.service import ModelService, Recovery
+from instep.server.services import Allocation, allocate, busy_poll_ns, make_service, steps_in_process
+from instep.server.versions import Planned, plan
 from instep_client.protocol.errors import InvalidInput
 
 UNREACHABLE_AFTER_S: Final = 30.0
@@ -58,78 +57,51 @@ def make_server(
     Raises:
         CannotServe: when the endpoint, the recording, the limits or the memory do not allow it.
     """
-    with ExitStack() as undo:
-        try:
-            supervision, models = supervision or Supervision(), Models(shard)
-            server = _make_server(config, prepared, log, make_stepper, forks, supervision, models, undo)
-        except (CannotListen, InvalidInput, RecordingError) as error:
-            raise CannotServe(with_advice(error)) from None
-        except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
-            raise _no_memory(config, error) from None
-        undo.pop_all()
-    return server
+    try:
+        with ExitStack() as undo:
+            is_only, models = len(prepared) == 1, Models(shard)
+            planned: list[Planned] = []
+            for one in prepared:
+                planned += plan(config, one, log_of(one.model.name, log, is_only=is_only))
+            planned.sort(key=lambda each: bool(each.kept_as))
 
+            # Memory, and the processes that share it: before the socket, whose threads must not be forked.
+            allocations: list[Allocation] = []
+            for each in planned:
+                apart = make_stepper is None and (steps_in_process(each.prepared.device) if forks is None else forks)
+                stepper = make_stepper(each.prepared, config) if make_stepper is not None else None
+                allocations.append(allocation := allocate(config, each, forks=apart, stepper=stepper))
+                undo.callback(allocation.executor.stop, 0.0)
+            keys = ServerKeys.read(config.transport)
+            router = Router(config.transport, keys)
+            undo.callback(router.close)
+            tokens = read_tokens(config.http)
+            listener = bind(config.http, log, path=models.shard.admin)
+            if listener is not None:
+                undo.callback(listener.close)
 
-def _make_server(
-    config: Config,
-    prepared: Sequence[Prepared],
-    log: structlog.stdlib.BoundLogger,
-    make_stepper: MakeStepper | None,
-    forks: bool | None,
-    supervision: Supervision,
-    models: Models,
-    undo: ExitStack,
-) -> Server:
-    is_only = len(prepared) == 1
-    planned: list[Planned] = []
-    for model in prepared:
-        planned += plan(config, model, log_of(model.model.name, log, is_only=is_only))
-    planned.sort(key=lambda each: bool(each.kept_as))
+            # The loop, the front end and the services, which do not know each other yet.
+            shutdown = Shutdown(log)
+            loop = Loop(busy_poll_ns(config), shutdown.bug)
+            frontend = _frontend(config, models, router, loop, log)
+            loop.frontends = [frontend]
+            new = [NextModel(each, make_service(config, each, loop.wake, shutdown.bug)) for each in allocations]
 
-    # Memory, and the processes that share it: before the socket, whose threads must not be forked.
-    foundations: list[Foundation] = []
-    for each in planned:
-        apart = make_stepper is None and (steps_in_process(each.prepared.device) if forks is None else forks)
-        stepper = make_stepper(each.prepared, config) if make_stepper is not None else None
-        foundations.append(foundation := lay_foundation(config, each.prepared, forks=apart, stepper=stepper))
-        undo.callback(foundation.executor.stop, 0.0)
-    keys = ServerKeys.read(config.transport)
-    router = Router(config.transport, keys)
-    undo.callback(router.close)
-    tokens = read_tokens(config.http)
-    listener = bind(config.http, log, path=models.shard.admin)
-    if listener is not None:
-        undo.callback(listener.close)
-
-    # The loop, the front end and the services, which do not know each other yet.
-    shutdown = Shutdown(log)
-    loop = Loop(busy_poll_ns(config), shutdown.bug)
-    frontend = _frontend(config, models, router, loop, log)
-    loop.frontends = [frontend]
-    services = [
-        make_service(config, foundation, each.file, loop.wake, shutdown.bug, each.log)
-        for foundation, each in zip(foundations, planned, strict=True)
-    ]
-
-    # The recordings, last: nothing that can fail comes after them.
-    opened: list[tuple[ModelService, RecordingWriter, Recovery | None]] = []
-    for foundation, service, each in zip(foundations, services, planned, strict=True):
-        if service.file is None:
-            continue
-        writer, recovery = open_recording(config, foundation, service, each.formers)
-        undo.callback(writer.discard if recovery is None else writer.abandon)
-        opened.append((service, writer, recovery))
-    for service, writer, recovery in opened:
-        record(service, writer, recovery, config, loop, shutdown, models.shard)
-    server = Server(config, shutdown, loop, models, log, supervision)
-    for foundation, service, each in zip(foundations, services, planned, strict=True):
-        served = make_served(config, foundation, service, models.shard)
-        if each.kept_as:
-            served.keep_as(each.kept_as)
-        server.add(served)
-    if listener is not None:
-        server.admin = AdminServer(listener, tokens, server, log)
-    return server
+            # The recordings, last: nothing that can fail comes after them.
+            for model in new:
+                model.open_recording(config, undo)
+            server = Server(config, shutdown, loop, models, log, supervision or Supervision())
+            for model in new:
+                model.record(config, loop, shutdown, models.shard)
+                server.add(model.served(config, models.shard))
+            if listener is not None:
+                server.admin = AdminServer(listener, tokens, server, log)
+            undo.pop_all()
+            return server
+    except (CannotListen, InvalidInput, RecordingError) as error:
+        raise CannotServe(with_advice(error)) from None
+    except (MemoryError, RuntimeError) as error:  # torch's own kind is the latter
+        raise _no_memory(config, error) from None
 
 
 def _frontend(

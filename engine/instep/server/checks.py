@@ -78,7 +78,20 @@ def before_loading(config: Config, *, restart: bool = False, shards: int = 1, co
         yield Finding("warning", what, "unset it")
 
 
-def settle(findings: Iterable[Finding], log: structlog.stdlib.BoundLogger) -> None:
+def check_before_loading(
+    config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool = False, shards: int = 1
+) -> None:
+    """Report what `before_loading` finds, and log the models that are to be loaded.
+
+    Raises:
+        CannotServe: with a line for every problem.
+    """
+    report(before_loading(config, restart=restart, shards=shards), log)
+    for _, folder in config.model.folders:
+        log.info("loading", model=str(folder))
+
+
+def report(findings: Iterable[Finding], log: structlog.stdlib.BoundLogger) -> None:
     """Log the warnings.
 
     Raises:
@@ -124,9 +137,9 @@ def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool
     """
     from instep.server.preparation import prepare
 
-    settle(before_loading(config, restart=restart, shards=shards), log)
+    check_before_loading(config, log, restart=restart, shards=shards)
     prepared = prepare(config, log, restart=restart)
-    settle(with_all_streams(config, prepared, shards), log)
+    report(with_all_streams(config, prepared, shards), log)
     if shards == 1:
         _rehearse_server(config, prepared, log)
         return
@@ -138,8 +151,8 @@ def _rehearse_server(config: Config, prepared: Sequence[Prepared], log: structlo
     from instep.frontends.http.admin import bind
     from instep.frontends.zmq.router import Router
     from instep.server.preparation import log_of
-    from instep.server.recordings import find_recording
     from instep.server.services import effective_limits
+    from instep.server.versions import find_recording
 
     is_only = len(prepared) == 1
     try:

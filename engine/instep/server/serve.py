@@ -14,7 +14,7 @@ import shlex
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
@@ -30,15 +30,13 @@ from instep.security.principals import Principals
 from instep.server.assembly import make_server
 from instep.server.audit import Audit
 from instep.server.checks import (
-    Finding,
     allow_open_files,
-    before_loading,
     files_kept_back,
-    settle,
+    report,
     with_all_streams,
 )
+from instep.server.loader import UNDER_WAY
 from instep.server.log import Threshold, make_log
-from instep.server.models import UNDER_WAY
 from instep.server.preparation import CannotServe, Prepared, prepare
 from instep.server.server import Server
 from instep.server.supervisor import Child, supervise
@@ -283,7 +281,6 @@ class Launch:
 @contextlib.contextmanager
 def launching(
     config: Config,
-    findings: Iterable[Finding],
     reread: Callable[[], Config] | None = None,
     *,
     supervised: bool,
@@ -293,7 +290,6 @@ def launching(
 
     Args:
         config: the configuration.
-        findings: those of `before_loading`.
         reread: reads the configuration again on SIGHUP; None to keep the same one.
         supervised: whether servers are started again when a signal kills them.
         servers: how many there will be.
@@ -304,9 +300,8 @@ def launching(
     threshold = Threshold(config.log.level)
     audit = Audit(config.audit.file)
     audit.log = log = make_log(config.log, threshold, audit)
-    settle(findings, log)
     prepared = prepare(config, log, restart=supervised)
-    settle(with_all_streams(config, prepared, servers), log)
+    report(with_all_streams(config, prepared, servers), log)
     if not are_cached("instep.core."):
         log.info("compiling", hint="once on a machine, up to half a minute")
     warm_up()
@@ -341,7 +336,7 @@ def run(
         CannotServe: when the server cannot start.
         SystemExit: in the parent of the child, with the child's status.
     """
-    with launching(config, before_loading(config, restart=restart), reread, supervised=restart) as launch:
+    with launching(config, reread, supervised=restart) as launch:
         kept = Kept()
         if restart:
             supervise([Child(0, "the server", launch.log)], launch.service_manager.forget)

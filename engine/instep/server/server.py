@@ -22,8 +22,9 @@ from instep.frontends.models import Models, Served
 from instep.recording.recorder import Recorder
 from instep.security.principals import Principals
 from instep.server.live_verification import LiveVerification, Supervision
+from instep.server.loader import Loader
 from instep.server.loop import Loop, Shutdown, Stall
-from instep.server.models import Loader, LoadingThread
+from instep.server.moves import LoadingThread
 from instep.server.services import idle_limits
 from instep.streaming.service import ModelService
 from instep.streaming.tasks import in_daemon_thread

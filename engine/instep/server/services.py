@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import structlog
 import torch
 
 from instep.config import Config
@@ -28,6 +27,7 @@ from instep.runtime.executor import Step, StepExecutor, ThreadExecutor, usable_c
 from instep.runtime.process_executor import ProcessExecutor, shared_zeros
 from instep.runtime.stepper import Stepper
 from instep.server.preparation import CannotServe, Prepared
+from instep.server.versions import Planned
 from instep.streaming.engine import Engine, EngineLimits
 from instep.streaming.hibernation import Hibernation, IdleLimits, Tombstones
 from instep.streaming.journal import Journal
@@ -141,10 +141,10 @@ _MOST_READERS: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Foundation:
+class Allocation:
     """The memory of a model's streams, and the executor that steps them."""
 
-    prepared: Prepared
+    planned: Planned
     limits: EffectiveLimits
     tables: Tables
     stepper: Stepper
@@ -152,10 +152,15 @@ class Foundation:
     forks: bool
     """Whether the executor is a process."""
 
+    @property
+    def prepared(self) -> Prepared:
+        """The model."""
+        return self.planned.prepared
 
-def lay_foundation(
-    config: Config, prepared: Prepared, *, forks: bool, stepper: Stepper | None = None, tables: Tables | None = None
-) -> Foundation:
+
+def allocate(
+    config: Config, planned: Planned, *, forks: bool, stepper: Stepper | None = None, tables: Tables | None = None
+) -> Allocation:
     """Allocate memory and start the executor.
 
     If the executor `forks`, its process must start before ZeroMQ has threads. `stepper` replaces the usual one in
@@ -165,7 +170,7 @@ def lay_foundation(
         CannotServe: when the limits cannot serve this model, or the process cannot be started.
         MemoryError, RuntimeError: when memory does not suffice; torch raises the latter.
     """
-    network = prepared.network
+    prepared, network = planned.prepared, planned.prepared.network
     limits = effective_limits(config, network.description.features, network.description.outputs)
     max_streams, zeros = config.engine.max_streams, shared_zeros if forks else float32_zeros
     if tables is None:
@@ -186,25 +191,24 @@ def lay_foundation(
     def step(slots: I64, rows: I64) -> None:
         stepper.step(slots, rows, tables.x, tables.y)
 
-    return Foundation(prepared, limits, tables, stepper, make_executor(config, step, forks), forks)
+    return Allocation(planned, limits, tables, stepper, make_executor(config, step, forks), forks)
 
 
 def make_service(
     config: Config,
-    foundation: Foundation,
-    file: Path | None,
+    allocation: Allocation,
     wake: Callable[[], None],
     on_bug: Callable[[BaseException], None],
-    log: structlog.stdlib.BoundLogger,
     former: ModelService | None = None,
 ) -> ModelService:
     """Make a service without connections and without a recorder; call it inside the event loop.
 
-    `file` will be its recording. `wake` lets the loop take a turn, and `on_bug` gets unexpected exceptions. `former`
+    `wake` lets the loop take a turn, and `on_bug` gets unexpected exceptions. `former`
     serves another version of the model. The new service takes over its tables, streams and connections, so only one of
     the two may run.
     """
-    tables, stepper, limits = foundation.tables, foundation.stepper, foundation.limits
+    tables, stepper, limits = allocation.tables, allocation.stepper, allocation.limits
+    file, log = allocation.planned.file, allocation.planned.log
 
     def log_failure(error: Exception, streams: int) -> None:
         log.error("step failed", error=repr(error), streams=streams)
@@ -224,13 +228,13 @@ def make_service(
         tables,
         table,
         origins,
-        foundation.executor,
+        allocation.executor,
         Journal(tables, table, wake),
         EngineLimits(
             config.engine.max_batch_size,
             config.engine.max_queue_delay_us * 1000,
             limits.max_block_frames,
-            max_light_batch(config, foundation.forks),
+            max_light_batch(config, allocation.forks),
         ),
         EngineStats(),
         events,
@@ -242,7 +246,7 @@ def make_service(
     hibernation = Hibernation(engine, states, tombstones, _loader(file), idle_limits(config), tasks)
     operations = StreamOperations(engine, states, hibernation, tasks)
     return ModelService(
-        name=foundation.prepared.model.name,
+        name=allocation.prepared.model.name,
         engine=engine,
         operations=operations,
         reaper=Reaper(engine, operations),
@@ -251,16 +255,16 @@ def make_service(
         listing=Listing(table, hibernation),
         tasks=tasks,
         log=log,
-        about=_about(config, foundation),
-        steps_apart=foundation.forks,
+        about=_about(config, allocation),
+        steps_apart=allocation.forks,
         file=file,
-        folder=foundation.prepared.model_path,
+        folder=allocation.prepared.model_path,
         verification=Verification() if config.verify.live else None,
     )
 
 
-def _about(config: Config, foundation: Foundation) -> About:
-    prepared = foundation.prepared
+def _about(config: Config, allocation: Allocation) -> About:
+    prepared = allocation.prepared
     return About(
         fingerprint=prepared.model.fingerprint,
         kind=prepared.network.description.kind,
@@ -274,9 +278,9 @@ def _about(config: Config, foundation: Foundation) -> About:
     )
 
 
-def make_served(config: Config, foundation: Foundation, service: ModelService, shard: Shard) -> Served:
+def make_served(config: Config, allocation: Allocation, service: ModelService, shard: Shard) -> Served:
     """The view of a service for its connections."""
-    prepared, about = foundation.prepared, asdict(service.about)
+    prepared, about = allocation.prepared, asdict(service.about)
     del about["kind"]
     info = ServerInfo(
         protocol_version=PROTOCOL_VERSION,
@@ -292,7 +296,7 @@ def make_served(config: Config, foundation: Foundation, service: ModelService, s
         term=shard.term,
         output_names=prepared.model.output_names,
         **about,
-        **asdict(foundation.limits),
+        **asdict(allocation.limits),
     )
     return Served(service, info)
 

@@ -2,209 +2,36 @@
 
 from __future__ import annotations
 
-import asyncio
-import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import structlog
 
 from instep.config import Config, ModelConfig
 from instep.config.sections import ONE_FILE, StreamPolicy
-from instep.core.typing import I64, U8
 from instep.frontends.models import Served
 from instep.models.errors import ModelError
-from instep.models.numerics import prepare as prepare_numerics
 from instep.recording.errors import RecordingError, with_advice
-from instep.recording.writer import RecordingWriter
 from instep.replay.warm_up import WarmUpReplay
-from instep.runtime.stepper import Stepper
 from instep.server.loop import Loop, Shutdown
+from instep.server.moves import LoadingThread, Moved, catch_up, move
 from instep.server.preparation import CannotServe, Prepared, load_models, prepare_loaded
 from instep.server.recording_files import next_recording, recording_file
-from instep.server.recordings import Planned, check_policy, check_sizes, name_kept, open_recording, plan, record, use
-from instep.server.services import lay_foundation, make_served, make_service
-from instep.streaming.service import ModelService, Recovery
-from instep.streaming.states import state_rows
-from instep.streaming.tasks import Tasks, in_daemon_thread
+from instep.server.recordings import NextModel
+from instep.server.services import allocate, make_service
+from instep.server.versions import Planned, check_policy, check_sizes, name_kept, plan
+from instep.streaming.service import ModelService
+from instep.streaming.tasks import Tasks
 from instep_client.protocol.wire import ServerInfo
 
 if TYPE_CHECKING:
     from instep.server.server import Server
 
-R = TypeVar("R")
-
-_TURN_S: Final = 0.0002
-"""The time after which the loading thread yields the interpreter's lock to the loop. Python's default of 5 ms could
-delay a message several times.
-"""
-
-
-class LoadingThread:
-    """Runs one long task at a time, without keeping the process alive."""
-
-    def __init__(self, shutdown: Shutdown) -> None:
-        self._shutdown = shutdown
-
-    async def do(self, work: Callable[[], R]) -> R:
-        """Return the result of `work`, or raise its error.
-
-        Raises:
-            CannotServe: when the server ends before that.
-        """
-
-        def run() -> R:
-            prepare_numerics()  # torch counts threads by thread
-            return work()
-
-        usual = sys.getswitchinterval()
-        sys.setswitchinterval(_TURN_S)
-        working = asyncio.ensure_future(in_daemon_thread(run, "instep-loader"))
-        ending = asyncio.ensure_future(self._shutdown.requested.wait())
-        try:
-            await asyncio.wait((working, ending), return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise CannotServe("the server is shutting down")
-            return working.result()
-        finally:
-            working.cancel()
-            ending.cancel()
-            sys.setswitchinterval(usual)
-
-
-_MOST_PAUSE_S: Final = 1.0
-"""The longest pause in receiving while earlier messages are answered."""
-_LOOK_S: Final = 0.0005
-_SHORT_S: Final = 0.01
-"""A replay has caught up when a pass takes less time than this."""
-_LONG_S: Final = 0.5
-"""The longest expected last pass, during which nothing is received."""
-_MOST_PASSES: Final = 12
-"""The number of passes after which a replay that does not catch up is given up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """Streams that have left a version of their model."""
-
-    lsn: int
-    """The lsn that the other version's recording must have committed before the streams may end in this one."""
-    numbers: I64
-    """int64 [N], their numbers in the recording they left."""
-    next_seqs: I64
-    states: U8
-    """[N, row_bytes], their states in the old version."""
-
-    async def end(self, old: ModelService, new: ModelService) -> None:
-        """Record that the streams have left the old version, once the new recording has committed them."""
-        await new.engine.journal.committed(self.lsn)
-        none_lost = np.zeros(len(self.numbers), np.bool_)
-        old.engine.journal.ended(self.numbers, "moved", self.next_seqs, self.states, none_lost)
-
-
-async def catch_up(replay: WarmUpReplay, thread: LoadingThread) -> None:
-    """Replay the frames recorded during the last pass, until few are left for the pause in which nothing is received.
-
-    Raises:
-        CannotServe: when frames arrive too quickly for that.
-    """
-    least_s = math.inf
-    for _ in range(_MOST_PASSES):
-        began_s = time.monotonic()
-        frames = await thread.do(replay.follow)
-        took_s = time.monotonic() - began_s
-        # Another pass would hardly leave less; without any frames, the machine only has too much to do.
-        if took_s <= _SHORT_S or (took_s >= least_s / 2 and (took_s <= _LONG_S or not frames)):
-            return
-        least_s = min(least_s, took_s)
-    raise CannotServe("its frames arrive as quickly as they are replayed: try again when there are fewer")
-
-
-async def move(
-    old: ModelService,
-    new: ModelService,
-    replay: WarmUpReplay | None,
-    thread: LoadingThread,
-    begin_recording: Callable[[], None],
-) -> Moved:
-    """Let all streams continue in another version; the old one answers everything received before.
-
-    Nothing is received meanwhile. The new version has the tables of the old one, and is not served yet. Its states come
-    from a replay that has caught up or, without one, from the old version.
-
-    Raises:
-        CannotServe: when it takes too long, or memory cannot hold all streams.
-    """
-    await _settle(old)
-    await old.engine.journal.committed(old.engine.journal.newest)
-    if replay is not None:
-        await thread.do(replay.follow)
-    await _settle(old)  # streams may have gone to sleep meanwhile
-    # From here on nothing waits, so nothing changes.
-    engine, table = new.engine, new.engine.table
-    slots = table.open_slots()
-    names, numbers, next_seqs = table.names(slots), table.recording_ids(slots), table.next_seq[slots].copy()
-    last_states = states = old.states.access.read(slots)
-    first_seqs = None
-    if replay is not None:
-        states, first_seqs = replay.states(numbers, next_seqs)
-    new.states.access.load(slots, states)
-    begin_recording()
-    now = state_rows(engine.tables, table, slots, states)
-    lsn = engine.journal.moved(slots, names, now, first_seqs, old.file)
-    engine.journal.dirty.mark_dirty(slots)
-    new.tasks.start(new.checkpoints.take())
-    engine.events.add_all("moved", names, new.about.fingerprint, next_seqs)
-    return Moved(lsn, numbers, next_seqs, last_states)
-
-
-async def _settle(service: ModelService) -> None:
-    """Wait until all received messages of a model are answered and all of its streams are in memory.
-
-    Nothing is received meanwhile. No stream leaves memory before the caller's next wait.
-
-    Raises:
-        CannotServe: when that takes too long, or memory cannot hold all streams.
-    """
-    hibernation, table = service.operations.hibernation, service.engine.table
-    free = table.slots.free_count
-    if len(hibernation) > free:
-        raise CannotServe(
-            f"{len(hibernation)} streams hibernate, and there is room in memory for {free}: {use('keep')}"
-        )
-    until = time.monotonic() + _MOST_PAUSE_S
-    while True:
-        while not service.is_quiet or service.reaper.is_detaching:
-            if time.monotonic() > until:
-                raise CannotServe(f"what was admitted took longer than {_MOST_PAUSE_S:g} s: try again")
-            await asyncio.sleep(_LOOK_S)
-        if not hibernation:
-            return
-        await hibernation.wake(list(hibernation))
-        if hibernation and time.monotonic() > until:
-            raise CannotServe(f"streams hibernate that cannot be read: {use('keep')}")
-
-
 UNDER_WAY: Final = "models are as before: the last reload has not ended"
 """The `problem` of a loader from a reload's start until it begins to change models."""
-
-_Opened: TypeAlias = tuple[RecordingWriter, Recovery | None] | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """A model that is not in use yet."""
-
-    served: Served
-    stepper: Stepper
-    opened: _Opened
-    """The file of its future recording."""
 
 
 class Loader:
@@ -334,10 +161,8 @@ class Loader:
         log = self._log.bind(model=prepared.model.name)
         with ExitStack() as undo:
             planned = await self._thread.do(partial(plan, config, prepared, log))
-            made = [await self._make(config, each, undo) for each in planned]
-            for each in made:
-                self._record(each)
-                self._server.add(each.served)
+            for each in [await self._make(config, each, undo) for each in planned]:
+                self._server.add(self._begin(each))
             undo.pop_all()
         log.info("loaded", folder=str(prepared.model_path), fingerprint=prepared.model.fingerprint)
 
@@ -370,18 +195,17 @@ class Loader:
         first = recording_file(config, name)
         planned = Planned(prepared, log, None if first is None else next_recording(first))
         with ExitStack() as undo:
-            made = await self._make(config, planned, undo, None if kept_as else former.service)
+            new = await self._make(config, planned, undo, None if kept_as else former.service)
             if kept_as:
                 accept()
-                self._record(made)
-                self._server.replace(former, made.served, kept_as)
+                self._server.replace(former, self._begin(new), kept_as)
             else:
-                moved = await self._move(former, made, policy, log, accept)
+                moved = await self._move(former, new, policy, log, accept)
             undo.pop_all()
         swapped.append(name)
-        made.served.service.events.add("swapped", detail=fingerprint)
+        new.service.events.add("swapped", detail=fingerprint)
         if not kept_as:  # not before: if this is cancelled, nothing that is served may be undone
-            await moved.end(former.service, made.served.service)
+            await moved.end(former.service, new.service)
             await self._server.close(former.service)
         kept = {"kept_as": kept_as} if kept_as else {}
         folder = str(prepared.model_path)
@@ -393,54 +217,47 @@ class Loader:
 
     async def _make(
         self, config: Config, planned: Planned, undo: ExitStack, moves: ModelService | None = None
-    ) -> _Made:
+    ) -> NextModel:
         """Make a version that is not in use yet; it takes over streams and connections of the service that `moves`."""
-        prepared = planned.prepared
         tables = None if moves is None else moves.engine.tables
-        foundation = await self._thread.do(partial(lay_foundation, config, prepared, forks=False, tables=tables))
-        undo.callback(foundation.executor.stop)  # it is idle, and closes its pipe once its thread has ended
-        bug, wake = self._shutdown.bug, self._loop.wake
-        service = make_service(config, foundation, planned.file, wake, bug, planned.log, moves)
-        opened = None
-        if planned.file is not None:
-            opening = partial(open_recording, config, foundation, service, planned.formers)
-            opened = writer, recovery = await self._thread.do(opening)
-            undo.callback(writer.discard if recovery is None else writer.abandon)
+        allocation = await self._thread.do(partial(allocate, config, planned, forks=False, tables=tables))
+        undo.callback(allocation.executor.stop)  # it is idle, and closes its pipe once its thread has ended
+        service = make_service(config, allocation, self._loop.wake, self._shutdown.bug, moves)
+        new = NextModel(allocation, service)
+        await self._thread.do(partial(new.open_recording, config, undo))
         if self._shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")
-        served = make_served(config, foundation, service, self._server.models.shard)
-        if planned.kept_as:
-            served.keep_as(planned.kept_as)
-        return _Made(served, foundation.stepper, opened)
+        return new
 
-    def _record(self, made: _Made) -> None:
-        if made.opened is not None:
-            config, shard = self._server.config, self._server.models.shard
-            record(made.served.service, *made.opened, config, self._loop, self._shutdown, shard)
+    def _begin(self, new: NextModel) -> Served:
+        """Begin its recording, and return what its connections will see."""
+        config, shard = self._server.config, self._server.models.shard
+        new.record(config, self._loop, self._shutdown, shard)
+        return new.served(config, shard)
 
     async def _move(
         self,
         former: Served,
-        made: _Made,
+        new: NextModel,
         policy: StreamPolicy,
         log: structlog.stdlib.BoundLogger,
         accept: Callable[[], None],
     ) -> Moved:
-        old, replay = former.service, None
+        old, replay, served = former.service, None, list[Served]()
 
-        def begin_recording() -> None:
+        def begin() -> None:
             accept()  # from here on, a server that follows this one would move the streams, too
-            self._record(made)
+            served.append(self._begin(new))
 
         if policy.word == "replay":
             assert old.file is not None, "`_swap` has refused it"
-            replay = WarmUpReplay(old.file, made.stepper, len(old.engine.table.owner) - 1, policy.frames)
+            replay = WarmUpReplay(old.file, new.allocation.stepper, len(old.engine.table.owner) - 1, policy.frames)
             log.info("replaying")
             await catch_up(replay, self._thread)
         paused_s = time.monotonic()
         with self._server.paused():
-            moved = await move(old, made.served.service, replay, self._thread, begin_recording)
-            self._server.replace(former, made.served, "")
+            moved = await move(old, new.service, replay, self._thread, begin)
+            self._server.replace(former, served[0], "")
         log.info("moved", streams=len(moved.numbers), paused_ms=round(1e3 * (time.monotonic() - paused_s), 1))
         return moved
 
