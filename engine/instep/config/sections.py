@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, Self
+from typing import Annotated, Any, Final, Literal, NamedTuple, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -35,27 +34,12 @@ ONE_FILE: Final = (
     "recording.path is one file, and each model and each version of one needs its own: start the server with --record "
     "FOLDER, which is made"
 )
-_LAST_CUDA_DEVICE: Final = 127
-"""The highest device index. PyTorch keeps it in a signed byte, so cuda:256 would be cuda:0."""
-
-
-def _checked_device(device: str) -> str:
-    found = re.fullmatch(r"auto|cpu|cuda(?::(0|[1-9][0-9]{0,3}))?", device)
-    if found is None:
-        raise ValueError(f"{device!r} is no device: write auto, cpu, cuda or cuda:0")
-    if int(found[1] or 0) > _LAST_CUDA_DEVICE:
-        raise ValueError(f"{device!r} is no device: PyTorch supports cuda:0 to cuda:{_LAST_CUDA_DEVICE}")
-    return device
+_DEVICE: Final = r"^(auto|cpu|cuda(:([0-9]|[1-9][0-9]|1[01][0-9]|12[0-7]))?)$"
+"""PyTorch keeps the index in a signed byte, so cuda:256 would be cuda:0."""
 
 
 def _lowered(word: object) -> object:
     return word.lower() if isinstance(word, str) else word
-
-
-def _agree(contradictions: Iterable[str]) -> None:
-    """Raise a ValueError with one line `section.key: why` for each problem, if there are any."""
-    if lines := list(contradictions):
-        raise ValueError("\n".join(lines))
 
 
 class Section(BaseModel):
@@ -71,6 +55,16 @@ class Section(BaseModel):
             raise ValueError(f"expected a number, not {'yes or true' if value else 'no or false'}")
         return value
 
+    def _contradictions(self) -> Iterator[str]:
+        """A line `section.key: why` for each value that contradicts another."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if lines := list(self._contradictions()):
+            raise ValueError("\n".join(lines))
+        return self
+
 
 class StreamPolicy(NamedTuple):
     """How a model's open streams continue when its version changes: `keep`, `move` or `replay:N`."""
@@ -81,20 +75,9 @@ class StreamPolicy(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> StreamPolicy:
-        """Parse the text form.
-
-        Raises:
-            ValueError: with a sentence.
-        """
-        found = re.fullmatch(r"(keep|move)|(replay):([1-9][0-9]{0,8})", text)
-        if found is None:
-            raise ValueError(f"{text!r:.40} is no policy for streams: expected keep, move or replay:N, as replay:256")
-        return cls("replay", int(found[3])) if found[2] else cls("keep" if text == "keep" else "move")
-
-
-def _policy(text: str) -> str:
-    StreamPolicy.parse(text)
-    return text
+        """Parse a checked `model.on_reload`."""
+        word, _, frames = text.partition(":")
+        return cls(cast(Any, word), int(frames or 0))
 
 
 class ModelConfig(Section):
@@ -107,7 +90,11 @@ class ModelConfig(Section):
         | None,
         Field(description="a folder or several, as [A, B] or {NAME: A, OTHER: B}"),
     ] = None
-    on_reload: Annotated[str, BeforeValidator(_lowered), AfterValidator(_policy)] = "keep"
+    on_reload: Annotated[
+        str,
+        BeforeValidator(_lowered),
+        Field(pattern=r"^(keep|move|replay:[1-9][0-9]{0,8})$", description="keep, move or replay:N, as replay:256"),
+    ] = "keep"
     allow_other_sizes: bool = False
 
     @property
@@ -123,7 +110,7 @@ class ModelConfig(Section):
 class EngineConfig(Section):
     """Where and how the network is stepped."""
 
-    device: Annotated[str, AfterValidator(_checked_device)] = "auto"
+    device: Annotated[str, Field(pattern=_DEVICE, description="auto, cpu, cuda, or cuda:0 to cuda:127")] = "auto"
     max_streams: Count = 4096
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 512
     max_queue_delay_us: Annotated[int, Field(ge=0, le=10_000_000)] = 0
@@ -140,17 +127,15 @@ class TransportConfig(Section):
     handshake_timeout_s: TimerSeconds = 30.0
     heartbeat_s: TimerSeconds = 10.0
 
-    @model_validator(mode="after")
-    def _asks_nobody_who_he_is(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         if (self.key_file is None) != (self.peers_file is None):
-            raise ValueError("transport.key_file: give it and transport.peers_file, or neither: see docs/security.md")
-        if not is_loopback(self.endpoint) and not self.allow_plaintext and self.key_file is None:
-            raise ValueError(
+            yield "transport.key_file: give it and transport.peers_file, or neither: see docs/security.md"
+        elif not is_loopback(self.endpoint) and not self.allow_plaintext and self.key_file is None:
+            yield (
                 f"transport.endpoint: {self.endpoint} can be reached from other machines, and without keys anybody on "
                 "that network could read the streams and send frames; make keys (docs/security.md), use "
                 "tcp://127.0.0.1:PORT, or set transport.allow_plaintext: true if you trust that network"
             )
-        return self
 
 
 class HttpConfig(Section):
@@ -159,15 +144,13 @@ class HttpConfig(Section):
     endpoint: Annotated[str | None, BeforeValidator(checked_http_endpoint)] = "127.0.0.1:5780"
     token_file: Path | None = None
 
-    @model_validator(mode="after")
-    def _is_for_those_with_a_token(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         if self.endpoint and self.token_file is None and not is_loopback_host(host_and_port(self.endpoint)[0]):
-            raise ValueError(
+            yield (
                 f"http.endpoint: {self.endpoint} can be reached from other machines: anybody on that network could "
                 "read the names, rates and values of the streams; use 127.0.0.1:PORT, or name a file that holds a "
                 "token in http.token_file"
             )
-        return self
 
 
 class LimitsConfig(Section):
@@ -182,11 +165,6 @@ class LimitsConfig(Section):
     max_pending_frames: Count = 131_072
     credit_frames: Count = 16_384
     max_connections: Count = 16_384
-
-    @model_validator(mode="after")
-    def _nest(self) -> Self:
-        _agree(self._contradictions())
-        return self
 
     def _contradictions(self) -> Iterator[str]:
         if self.credit_frames > self.max_pending_frames:
@@ -218,12 +196,10 @@ class RecordingConfig(Section):
         """Whether the path, which ends in .instep, is that of the only file; any other path is a folder's."""
         return self.path is not None and self.path.name.endswith(".instep")
 
-    @model_validator(mode="after")
-    def _has_a_path(self) -> Self:
+    def _contradictions(self) -> Iterator[str]:
         if self.path is None:
             asked = {"keep_bytes": self.keep_bytes, "keep_s": self.keep_s, "durability": self.durability == "fsync"}
-            _agree(f"recording.{key}: {NO_RECORDING}" for key, is_asked in asked.items() if is_asked)
-        return self
+            yield from (f"recording.{key}: {NO_RECORDING}" for key, is_asked in asked.items() if is_asked)
 
 
 class VerifyConfig(Section):
@@ -302,11 +278,6 @@ class Config(Section):
         """The transport between nodes and the directory, where each has keys of its own."""
         own = self.cluster.key_file or self.transport.key_file
         return self.transport.model_copy(update={"key_file": own})
-
-    @model_validator(mode="after")
-    def _fits_its_recording(self) -> Self:
-        _agree(self._contradictions())
-        return self
 
     def _contradictions(self) -> Iterator[str]:
         if self.verify.live and self.recording.path is None:

@@ -67,7 +67,7 @@ def before_loading(config: Config, *, restart: bool = False, shards: int = 1, co
     if problems := list(_shards(config, shards, copies)):
         yield from problems
         return
-    for check in (_folders, _recording, _audit, _secrets, _memory, _disk, _cores, _open_files):
+    for check in (_folders, _recording, _audit, _secrets, _disk, _cores, _open_files):
         yield from check(config)
     yield from _ports(config, shards)
     if restart and config.transport.endpoint.endswith(":*"):
@@ -108,9 +108,12 @@ def report(findings: Iterable[Finding], log: structlog.stdlib.BoundLogger) -> No
 
 
 def with_all_streams(config: Config, prepared: Sequence[Prepared], servers: int = 1) -> Iterator[Finding]:
-    """Warn if memory cannot hold all streams that may be open in this number of servers."""
+    """Compare memory with the tables of this number of servers, and with all streams that they may have."""
     needed, usable = servers * memory_when_full(config, prepared), usable_memory()
-    if needed > usable:
+    if (empty := servers * len(prepared) * config.engine.max_streams * STREAM.itemsize) > usable:
+        what = f"engine.max_streams is {config.engine.max_streams:,}, and takes {size(empty)} of {size(usable)} at once"
+        yield Finding("problem", what, "lower it")
+    elif needed > usable:
         what = f"the limits allow {size(needed)}, and {size(usable)} of memory may be used"
         cure = "lower engine.max_streams or limits.window_frames: the server is killed before it reaches them"
         yield Finding("warning", what, cure)
@@ -308,17 +311,6 @@ def _secrets(config: Config) -> Iterator[Finding]:
             read()
         except InvalidInput as error:
             yield Finding("problem", str(error), "")
-
-
-def _memory(config: Config) -> Iterator[Finding]:
-    """Compare memory with the records of all streams, which are written before any stream is opened."""
-    needed, usable = config.engine.max_streams * STREAM.itemsize * len(config.model.folders), usable_memory()
-    if needed > usable:
-        what = (
-            f"engine.max_streams is {config.engine.max_streams:,}, which takes {size(needed)} of memory before any "
-            f"stream is opened, and {size(usable)} may be used"
-        )
-        yield Finding("problem", what, "lower it")
 
 
 def _disk(config: Config) -> Iterator[Finding]:
