@@ -13,9 +13,11 @@ from functools import partial
 from itertools import count
 from typing import Final
 
+from benchmarks.client_load import load_command
 from benchmarks.connection import NotServed
 from benchmarks.measurement import Bench, Row, compared, interleave
 from benchmarks.reference import BenchmarkModel
+from instep_tools.load.plan import LoadPlan
 
 CONNECTIONS, STREAMS, NEIGHBOUR_STREAMS, RATE_HZ = 8, 64, 64, 50
 AT_MOST: Final = 1.5
@@ -27,7 +29,6 @@ HEARTBEAT: Final = ("--set", "transport.heartbeat_s=0.5")
 """Short, so that the server gives the neighbour up within the phase in which it died."""
 PHASES: Final = {"alive": None, "killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
 
-_COMMANDS: Final = (sys.executable, "-m", "instep")
 _PRODUCE: Final = """
 import sys, time
 import numpy as np
@@ -72,11 +73,8 @@ def isolation(bench: Bench) -> list[Row]:
 def _phase(endpoint: str, names: Iterator[str], sent: signal.Signals | None, warm_up_s: float) -> float:
     """The p99, in milliseconds, of `instep loadtest` next to a neighbour that may get a signal meanwhile."""
     seconds = warm_up_s * LONGER
-    load = [
-        *(*_COMMANDS, "loadtest", "--endpoint", endpoint, "--json", "--rate", str(RATE_HZ)),
-        *("--streams", str(STREAMS), "--connections", str(CONNECTIONS)),
-        *("--warmup", str(warm_up_s), "--duration", str(seconds)),
-    ]
+    plan = LoadPlan(STREAMS, CONNECTIONS, processes=1, rate_hz=RATE_HZ, duration_s=seconds, warmup_s=warm_up_s)
+    load = load_command(endpoint, plan)
     with _neighbour(endpoint, next(names)) as neighbour:
         measuring = subprocess.Popen(load, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         if sent is not None:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from contextlib import AsyncExitStack
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Final
 
 import numpy as np
 
+from benchmarks.client_load import load_command
 from benchmarks.connection import NotServed
 from benchmarks.measurement import Bench, Row, Samples, compared, interleave
 from benchmarks.reference import LeftOut
@@ -25,6 +25,7 @@ from instep.demo.child_server import ChildServer
 from instep.models.folder import make_model, write_model
 from instep.models.recurrent.description import GruDescription, GruLayers
 from instep_client import AsyncClient, AsyncStream
+from instep_tools.load.plan import LoadPlan
 
 STREAMS, CONNECTIONS, RATE_HZ, FEATURES, HIDDEN = 32, 4, 50, 40, 128
 POLICIES: Final = ("keep", "move", "replay:128")
@@ -144,11 +145,12 @@ async def _reload(endpoint: str, pid: int) -> None:
 
 def _rates(endpoint: str, names: list[str], seconds: float) -> list[float]:
     """Frames per second of a load for each of these models, all at the same time."""
-    load = [sys.executable, "-m", "instep", "loadtest", "--endpoint", endpoint, "--json"]
-    load += ["--streams", str(LOAD_STREAMS), "--block", str(LOAD_STREAMS // 2)]
-    load += ["--warmup", str(min(seconds, 1.0)), "--duration", str(max(seconds, SHORTEST_S))]
+    duration_s, warm_up_s = max(seconds, SHORTEST_S), min(seconds, 1.0)
+    plan = LoadPlan(LOAD_STREAMS, 1, 1, None, duration_s, warm_up_s, block=LOAD_STREAMS // 2)
     running = [
-        subprocess.Popen([*load, "--model", name], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        subprocess.Popen(
+            load_command(endpoint, plan, name), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         for name in names
     ]
     results = [json.loads(each.communicate()[0] or "{}") for each in running]

@@ -10,8 +10,6 @@ TOPICS: Final = {
     "Send": {"send": "instep_tools.send", "loadtest": "instep_tools.load.app"},
     "Watch": {
         "ping": "instep_tools.server",
-        "models": "instep_tools.server",
-        "stats": "instep_tools.server",
         "top": "instep_tools.top",
         "streams": "instep_tools.streams",
         "state": "instep_tools.state",

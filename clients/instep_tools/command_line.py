@@ -44,9 +44,13 @@ FORMER: Final = {
     "version": "--version",
     "keys list": "streams list, or read transport.peers_file",
     "keys show": "keys new NAME; the public key is in NAME.key",
+    "models": "ping",
     "produce": "send",
     "recordings verify": "verify",
     "replay": "send FILE",
+    "state snapshot": "state save --output FILE",
+    "stats": "ping --all",
+    "streams park": "streams close --park",
 }
 """Commands by names that they had, or that others would give them."""
 

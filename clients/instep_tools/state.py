@@ -70,23 +70,23 @@ def state_lines(state: State, spec: StateSpec) -> list[str]:
     return lines
 
 
-@app.server_command("snapshot", examples=["instep state snapshot mic-7 --to mic-7.safetensors"])
-async def snapshot(
+@app.server_command("save", examples=["instep state save mic-7 --output mic-7.safetensors"])
+async def save(
     target: Target,
     terminal: Terminal,
     stop: Stop,
     name: Name,
-    to: Annotated[Path, typer.Option("--to", metavar="FILE", help="A new file; existing files are never overwritten.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="A new file; existing files are never overwritten.")],
 ) -> Exit:
     """Save a stream's seq and state in a new safetensors file. Its owner notices nothing."""
-    check_new(to, "--to")
-    async with connected(target, "state snapshot", terminal, stop) as client:
+    check_new(output, "--output")
+    async with connected(target, "state save", terminal, stop) as client:
         taken = await client.snapshot(name)
-    save_new(taken, to, "--to")
+    save_new(taken, output)
     if terminal.as_json:
-        terminal.result({"stream": name, "seq": taken.seq, **_of_model(client.info), "file": str(to)})
+        terminal.result({"stream": name, "seq": taken.seq, **_of_model(client.info), "file": str(output)})
     terminal.summary(
-        f"saved {name!r} as it is before frame {taken.seq} (model {taken.model}, {taken.fingerprint[:12]}) in {to}"
+        f"saved {name!r} as it is before frame {taken.seq} (model {taken.model}, {taken.fingerprint[:12]}) in {output}"
     )
     return Exit.OK
 
@@ -96,7 +96,7 @@ async def restore(
     target: Target,
     terminal: Terminal,
     stop: Stop,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `state snapshot` made.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `state save` made.")],
     name: Annotated[
         str | None, typer.Option("--as", metavar="NAME", help="Name of the new stream. (default: the name in the file)")
     ] = None,
@@ -143,7 +143,7 @@ def tell_parked(terminal: Terminal, what: str, stream: AsyncStream, info: Server
     )
 
 
-def save_new(taken: StreamSnapshot, path: Path, option: str) -> None:
+def save_new(taken: StreamSnapshot, path: Path, option: str = "--output") -> None:
     """Write a snapshot to a new file.
 
     Raises:

@@ -1,23 +1,35 @@
-"""`instep streams …`: list, close and park the streams of a server."""
+"""`instep streams …`: list the streams of a server, and close or park some."""
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+import re
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Final
 
 import typer
 
-from instep_client.aio import StreamPlace
+from instep_client.aio import AsyncClient, StreamPlace
 from instep_client.protocol.wire import shard_of
-from instep_tools.command_line import CommandLine
+from instep_client.replies import ListedStream
+from instep_tools.command_line import CommandLine, PlainCommands
 from instep_tools.connect import Target, connected
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
 from instep_tools.terminal import Terminal
 from instep_tools.words import counted, three_digits
 
-app: Final = CommandLine(help="List the streams of a server, and close or park some.")
 
-Prefix = Annotated[str | None, typer.Option(metavar="TEXT", help="Only streams whose names begin with TEXT.")]
+class _ListsByDefault(PlainCommands):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        is_list = not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names)
+        return super().parse_args(ctx, ["list", *args] if is_list else args)
+
+
+app: Final = CommandLine(cls=_ListsByDefault, help="List the streams of a server, and close or park some.")
+
+Pattern = Annotated[
+    str | None, typer.Option("--streams", metavar="PATTERN", help="Only streams whose names match, as in 'mic-*'.")
+]
 Where = Annotated[
     StreamPlace | None,
     typer.Option("--place", metavar="WHERE", help="Only streams that are connected, parked or hibernating."),
@@ -25,12 +37,12 @@ Where = Annotated[
 Names = Annotated[list[str], typer.Argument(metavar="NAME", help="The streams.")]
 
 
-@app.server_command("list", examples=["instep streams list", "instep streams list --prefix mic- --place parked"])
+@app.server_command("list", examples=["instep streams list", "instep streams list --streams 'mic-*' --place parked"])
 async def show(
     target: Target,
     terminal: Terminal,
     stop: Stop,
-    prefix: Prefix = None,
+    pattern: Pattern = None,
     place: Where = None,
     limit: Annotated[int, typer.Option(metavar="N", min=1, help="Show at most N, longest idle first.")] = 50,
 ) -> Exit:
@@ -40,7 +52,7 @@ async def show(
     if it stays idle; of a cluster also its shard.
     """
     async with connected(target, "streams", terminal, stop, reconnect_s=0.0) as client:
-        found, info = await client.list_streams(prefix or "", place), client.info
+        found, info = await _matching(client, pattern, place), client.info
     found.sort(key=lambda stream: -stream.idle_s)
     shown = found[:limit]
     if terminal.as_json:
@@ -71,35 +83,22 @@ async def close(
     target: Target,
     terminal: Terminal,
     stop: Stop,
-    names: Names = [],  # noqa: B006
-    prefix: Prefix = None,
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="The streams.")] = [],  # noqa: B006
+    pattern: Pattern = None,
     place: Where = None,
+    park: Annotated[bool, typer.Option("--park", help="Take them from their clients, and let them wait.")] = False,
 ) -> Exit:
-    """Close streams by name, or all with a prefix or at a place.
+    """Close streams by name, or all that match a pattern or are at a place.
 
-    Their states are lost, and the clients that own them are notified. At a server with keys, only operators may do so.
+    Their states are lost. With --park, streams keep them and wait to be resumed. Their clients are notified.
+    At a server with keys, only operators may do so.
     """
-    return await _remove(target, terminal, stop, names, prefix, place, park=False)
-
-
-@app.server_command("park", examples=["instep streams park mic-7 mic-8"])
-async def park(target: Target, terminal: Terminal, stop: Stop, names: Names) -> Exit:
-    """Take streams from their clients by name; they wait to be resumed.
-
-    The clients that own them are notified. At a server with keys, only operators may do so.
-    """
-    return await _remove(target, terminal, stop, names, None, None, park=True)
-
-
-async def _remove(
-    target: Target, terminal: Terminal, stop: Stop, names: list[str], prefix: Prefix, place: Where, *, park: bool
-) -> Exit:
-    if not names and prefix is None and place is None:
-        raise CommandProblem("say which streams: their names, --prefix, or --place")
+    if not names and pattern is None and place is None:
+        raise CommandProblem("say which streams: their names, --streams, or --place")
     async with connected(target, "streams", terminal, stop, reconnect_s=0.0) as client:
         by_name = bool(names)
         if not by_name:
-            names = [stream.name for stream in await client.list_streams(prefix or "", place)]
+            names = [stream.name for stream in await _matching(client, pattern, place)]
         missing = await client.remove_streams(names, park) if names else []
     removed, done = [name for name in names if name not in set(missing)], "parked" if park else "closed"
     if terminal.as_json:
@@ -109,3 +108,10 @@ async def _remove(
     good = not (by_name and missing)
     terminal.summary(f"{counted(len(removed), 'stream')} {done}{gone}", good=good)
     return Exit.OK if good else Exit.FOUND_PROBLEMS
+
+
+async def _matching(client: AsyncClient, pattern: str | None, place: StreamPlace | None) -> list[ListedStream]:
+    if pattern is None:
+        return await client.list_streams(place=place)
+    prefix = re.split(r"[*?[]", pattern)[0]  # the server finds these
+    return [stream for stream in await client.list_streams(prefix, place) if fnmatchcase(stream.name, pattern)]

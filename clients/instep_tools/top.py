@@ -44,7 +44,7 @@ LOOK_SHARE: Final = 10
 """After a look that took T seconds, the next one waits at least this many T, because it lists every stream."""
 _MOST_PRINCIPALS: Final = 5
 _PRINCIPAL: Final = re.compile(r'principal_frames_total(\{principal="(.+)"\})')
-SHOWN_ONCE: Final = 50
+SHOWN_ONCE: Final = 20
 """The number of streams in a view that is printed once."""
 
 
@@ -95,7 +95,7 @@ class ScreenView:
         """All streams in the chosen order, each with its frames per second."""
         before = {each.name: each.next_seq for each in self.before.streams} if self.before else {}
         rated = [(each, self.rate(each.next_seq or 0, before.get(each.name))) for each in self.now.streams]
-        rated.sort(key=lambda each: each[0].name)
+        rated.sort(key=lambda each: _natural(each[0].name))
 
         def key(each: tuple[ListedStream, float]) -> float:
             stream, rate = each
@@ -216,7 +216,8 @@ class _Watch:
         if self._view is None:
             shown: RenderableType = Text(printable(lost or f"waiting for {self._target.endpoint}"))
         else:
-            shown = drawn(replace(self._view, sort=self._sort, lost=lost), self._console.size.height)
+            view = replace(self._view, sort=self._sort, lost=lost)
+            shown = drawn(view, self._console.size.height, "  (s sort, q quit)")
         self._live.update(shown, refresh=True)
 
 
@@ -247,8 +248,13 @@ def _keys(press: Callable[[str], None]) -> Iterator[None]:
         termios.tcsetattr(0, termios.TCSAFLUSH, before)
 
 
-def drawn(view: ScreenView, most_streams: int) -> RenderableType:
-    """The view, limited to the first streams."""
+def _natural(name: str) -> list[str | int]:
+    """A key that sorts mic-2 before mic-10: text and numbers in turn."""
+    return [int(part) if at % 2 else part for at, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def drawn(view: ScreenView, most_streams: int, keys: str = "") -> RenderableType:
+    """The view, limited to the first streams; `keys` says what can be typed."""
     now, numbers, rates = view.now, view.now.numbers, defaultdict(lambda: math.nan, view.rates())
     info, model_rates = now.info, view.model_rates()
     is_answering = _recent(numbers, "latency_us_p50") > 0
@@ -268,8 +274,8 @@ def drawn(view: ScreenView, most_streams: int) -> RenderableType:
     facts.add_row("batches/s", Text(f"{three_digits(rates['batches_total'])} of {size} frames"))
     principals = [(rates[match[0]], match[2], match[1]) for match in map(_PRINCIPAL.fullmatch, numbers) if match]
     for rate, name, label in sorted(principals, key=lambda each: -each[0] if each[0] > 0 else 0)[:_MOST_PRINCIPALS]:
-        keys = ("connections", "streams", "unread_bytes", "refused_total")
-        connections, of, unread, count = (int(numbers[f"principal_{key}{label}"]) for key in keys)
+        fields = ("connections", "streams", "unread_bytes", "refused_total")
+        connections, of, unread, count = (int(numbers[f"principal_{key}{label}"]) for key in fields)
         held = f"{counted(connections, 'connection')}, {counted(of, 'stream')}"
         kept = f"{decimal(unread)} unread, {count:,} refused"
         facts.add_row("principal", Text(f"{name}: {three_digits(rate)} frames/s, {held}, {kept}"))
@@ -288,7 +294,7 @@ def drawn(view: ScreenView, most_streams: int) -> RenderableType:
     facts.add_row("recording", Text(_recording(numbers, info.durability)))
     facts.add_row("verified", _verified(numbers))
     up_s = numbers["server_uptime_s"]
-    title = Text(f"instep top  {printable(view.endpoint)}  up {_period(up_s)}  (s sort, q quit)", "bold")
+    title = Text(f"instep top  {printable(view.endpoint)}  up {_period(up_s)}{keys}", "bold")
     lost = [Text(printable(view.lost), "bold red")] if view.lost else []
     return Group(title, *lost, facts, _stream_table(view, most_streams))
 

@@ -17,7 +17,7 @@ from instep_tools import streams
 from instep_tools.connect import Target
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit
-from instep_tools.server import stats
+from instep_tools.server import ping
 from tests.support.models import SMALL
 from tests.support.raw import RawClient
 from tests.support.running import running
@@ -122,7 +122,7 @@ class TestCommand:
                 terminal = RememberingTerminal()
                 assert await streams.close(target, terminal, Stop(), place="parked") == Exit.OK
                 assert terminal.said.strip() == "2 streams closed"
-                assert await streams.close(target, terminal, Stop(), prefix="new") == Exit.OK
+                assert await streams.close(target, terminal, Stop(), pattern="n?w-*") == Exit.OK
                 with pytest.raises(StreamEvicted) as evicted:
                     await mine.step(np.zeros(F))
                 assert evicted.value.code is Code.BY_OPERATOR
@@ -132,6 +132,6 @@ class TestCommand:
                 assert await streams.show(target, terminal, Stop(), limit=3) == Exit.OK
                 assert terminal.json() == {"model": SMALL.name, "streams": [], "count": 0}
                 terminal = RememberingTerminal()
-                assert await stats(target, terminal, Stop()) == Exit.OK
-                assert "streams_open" in terminal.said
+                assert await ping(target, terminal, Stop(), all=True) == Exit.OK
+                assert "streams open" in terminal.said
                 assert SMALL.name in terminal.said

@@ -16,7 +16,7 @@ from tests.support.fake_server import FakeServer
 from tests.tools.helpers import JumpingClock, RememberingTerminal, info_with
 
 PLAN = LoadPlan(streams=6, connections=2, processes=1, rate_hz=20.0, duration_s=1.0, warmup_s=0.5, block=2)
-SHORT = ("--streams", "4", "--duration", "0.2", "--warmup", "0")
+SHORT = ("--streams", "4", "--duration", "0.2")
 
 
 def run(*arguments: str | Path) -> Result:

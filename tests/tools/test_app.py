@@ -47,7 +47,7 @@ def test_ping_of_a_server_that_takes_no_connection(server: FakeServer, code: Cod
     result = run("ping", "--json", "--endpoint", server.endpoint)
     assert result.exit_code == status
     if status == 1:
-        about = {"endpoint": server.endpoint, "ready": False, "round_trip_ms": None, "server": None}
+        about = {"endpoint": server.endpoint, "ready": False, "round_trip_ms": None, "server": None, "models": []}
         assert json.loads(result.stdout) == {**about, "why": code.sentence}
     else:
         said = f"{code.name}: {code.sentence}"
@@ -117,7 +117,7 @@ def test_what_cannot_be_typed(arguments: list[str], said: str) -> None:
     assert said in result.stderr
 
 
-@pytest.mark.parametrize("command", ["ping", "stats", "loadtest"])
+@pytest.mark.parametrize("command", ["ping", "streams", "loadtest"])
 def test_nobody_answers(command: str) -> None:
     result = run(command, "--endpoint", "tcp://127.0.0.1:1")
     assert (result.exit_code, result.stdout) == (2, "")

@@ -81,10 +81,10 @@ def test_read(place: Place, owner: Client) -> None:
 @pytest.mark.usefixtures("owner")
 def test_a_snapshot_is_a_new_safetensors_file(place: Place, tmp_path: Path) -> None:
     path = tmp_path / "mic.safetensors"
-    assert place.json("snapshot", "mic", "--to", path)["file"] == str(path)
+    assert place.json("save", "mic", "--output", path)["file"] == str(path)
     for refused in (path, tmp_path / "none" / "c"):
-        assert str(refused) in place.refused("snapshot", "mic", "--to", refused)
-    assert place.refused("snapshot", "none", "--to", tmp_path / "a").startswith("UNKNOWN_STREAM: ")
+        assert str(refused) in place.refused("save", "mic", "--output", refused)
+    assert place.refused("save", "none", "--output", tmp_path / "a").startswith("UNKNOWN_STREAM: ")
     assert [each.name for each in tmp_path.iterdir()] == ["mic.safetensors"]
     assert load_file(path)["state.h"].tobytes() == STATE.tobytes()
 

@@ -101,6 +101,8 @@ def test_streams_are_sorted_by_the_chosen_column_and_then_by_name() -> None:
     orders = [ScreenView("", snapshot(11.0, *streams), before, sort).streams() for sort in SORTS]
     assert SORTS == ("rate", "name", "next seq", "pending", "idle")
     assert ["".join(each.name for each, _ in order) for order in orders] == ["cbda", "abcd", "cbda", "acbd", "bacd"]
+    natural = ScreenView("", snapshot(1.0, *(stream(f"mic-{number}", 0) for number in (10, 9, 1))), sort="name")
+    assert [each.name for each, _ in natural.streams()] == ["mic-1", "mic-9", "mic-10"]
 
 
 def test_numbers_are_where_they_belong() -> None:

@@ -25,6 +25,9 @@ from instep_tools.terminal import Terminal, progress
 from instep_tools.words import counted
 
 app: Final = CommandLine()
+WARM_UP_S: Final = 2.0
+WARM_UP_SHARE: Final = 0.2
+"""Of the measured time: a shorter test warms up for less than `WARM_UP_S`."""
 _STYLES: Final = {"met": "green", "not met": "red", "invalid": "yellow"}
 
 
@@ -32,7 +35,7 @@ _STYLES: Final = {"met": "green", "not met": "red", "invalid": "yellow"}
     "loadtest",
     drains=True,
     examples=[
-        "instep loadtest --streams 1024 --block 256",
+        "instep loadtest --streams 1024",
         "instep loadtest --streams 64 --rate 50 --report load.html",
         "instep loadtest --slo-ms 20 --rate 50 --processes 2",
     ],
@@ -42,9 +45,6 @@ async def loadtest(
     terminal: Terminal,
     stop: Stop,
     streams: Annotated[int, typer.Option(metavar="N", min=1, help="Streams; with --slo-ms, of the first try.")] = 256,
-    connections: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Connections. (default: one for each process)")
-    ] = None,
     processes: Annotated[int, typer.Option(metavar="N", min=1, help="Processes that generate load.")] = 1,
     rate: Annotated[
         float | None,
@@ -59,11 +59,6 @@ async def loadtest(
         float,
         typer.Option(metavar="SECONDS", callback=positive, help="How long to measure."),
     ] = 10.0,
-    warmup: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Warm-up before the measurement.")] = 2.0,
-    block: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="The most streams in a message. (default: all that fit)"),
-    ] = None,
     slo_ms: Annotated[
         float | None,
         typer.Option(
@@ -87,12 +82,11 @@ async def loadtest(
     """
     plan = LoadPlan(
         streams=streams,
-        connections=connections or processes,
+        connections=processes,
         processes=processes,
         rate_hz=REAL_TIME_RATE_HZ if rate is None and slo_ms is not None else rate,
         duration_s=duration,
-        warmup_s=warmup,
-        block=block,
+        warmup_s=min(WARM_UP_S, duration * WARM_UP_SHARE),
         slo_ms=slo_ms,
     )
     return await LoadTest(target, plan, report, terminal, stop).run()
@@ -174,7 +168,7 @@ class LoadTest:
             return LoadResult(plan, await run_parts(parts, self.target, self.stop, self.clock))
 
     def _show_latencies(self, result: LoadResult) -> None:
-        headings = (f"ms, n = {len(result.samples):,}", *PERCENTILES)
+        headings = (f"ms, {counted(len(result.samples), 'block')}", *PERCENTILES)
         self.terminal.table(headings, ((title, *values) for title, values in result.latency_rows()))
 
     def _tell(

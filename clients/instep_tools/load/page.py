@@ -121,9 +121,12 @@ def _over_time(result: LoadResult) -> Chart:
     parts = [samples[places == number] for number in range(len(edges) - 1)]
     levels = [percentiles(np.maximum(part["latency_us"] / 1000, LEAST_MS), part["frames"]) for part in parts]
     figure, axes = _axes()
-    for name, colour, line in (("p50", BLUE, "-"), ("p99", ORANGE, "-"), ("max", BLACK, ":")):
+    # The maximum is pale and behind, since it must not hide the p99.
+    for name, colour, line, alpha in (("max", BLACK, ":", 0.4), ("p50", BLUE, "-", 1.0), ("p99", ORANGE, "-", 1.0)):
         values = [level[name] for level in levels]
-        axes.plot((edges[1:] + edges[:-1]) / 2, values, label=name, color=colour, linestyle=line, marker=".")
+        axes.plot(
+            (edges[1:] + edges[:-1]) / 2, values, label=name, color=colour, linestyle=line, marker=".", alpha=alpha
+        )
     axes.set(yscale="log", xlabel="s", ylabel="ms", xlim=(0, edges[-1]))
     _plain_numbers(axes.yaxis)
     axes.legend(loc="upper right", ncols=3)

@@ -21,7 +21,7 @@ P999_SAMPLES: Final = 1000
 ROWS: Final = {
     "latency_us": "latency, from when it was due",
     "late_us": "  sent late",
-    "queue_us": "  server: queue",
+    "queue_us": "  server: queue (first block)",
     "compute_us": "  server: compute",
     "send_us": "  server: send",
     "rest_us": "  wire and client",
@@ -32,7 +32,7 @@ TOLERATED_OWN_US: Final = 1000.0
 """The tolerated share of the load generator at the 99th percentile. If it is larger and causes half of the latency, the
 load generator is too slow.
 """
-ADVICE: Final = "use more --processes, a larger --block, or a lower --rate, or run it on another machine"
+ADVICE: Final = "use more --processes or a lower --rate, or run it on another machine"
 
 Verdict: TypeAlias = Literal["met", "not met", "invalid"]
 Percentiles: TypeAlias = dict[str, float]

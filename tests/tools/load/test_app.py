@@ -71,12 +71,12 @@ async def test_the_page_of_a_search_shows_every_try_and_the_load_of_the_best(tmp
 
 
 def test_loads_are_described_as_they_were_asked_for() -> None:
-    asked = ("--rate", "50", "--block", "3", "--processes", "2")
+    asked = ("--rate", "50", "--processes", "2")
     with FakeServer() as server:
         result = run(*SHORT, *asked, "--json", "-e", server.endpoint)
         assert server.rules.names == {}
     load = json.loads(result.stdout)["load"]
-    assert (load["rate_hz"], load["block"], load["processes"], load["connections"]) == (50, 3, 2, 2)
+    assert (load["rate_hz"], load["processes"], load["connections"]) == (50, 2, 2)
     assert load["duration_s"] == 0.2
 
 
