@@ -300,4 +300,4 @@ async def test_the_server_ends_where_nobody_could_connect_any_more(
     async with running(SMALL, transport=ring.transport, failure=server_ended) as server:
         async with RawClient(server.endpoint, curve=ring.curve("mic")) as client:
             await client.send(*client.hello_message())
-            await until(lambda: server.failure is not None)
+            await until(lambda: server.shutdown.failure is not None)

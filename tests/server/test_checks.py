@@ -21,7 +21,8 @@ from instep.server.log import make_log
 from instep.server.preparation import CannotServe
 from tests.support.models import SMALL, plain
 from tests.support.raw import RawClient
-from tests.support.running import config, running
+from tests.support.running import config as settings
+from tests.support.running import running
 from tests.support.streaming import random_frames
 
 
@@ -32,10 +33,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def configured(model: Path, **sections: dict[str, Any]) -> Config:
-    transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
-    common = {"transport": transport, "http": {"endpoint": "off", **sections.pop("http", {})}}
-    common |= {"model": {"folder": model}, "log": {"format": "json"}}
-    return Config.model_validate({**common, **sections})
+    return settings(model={"folder": model}, log={"format": "json"}, **sections)
 
 
 def check(config: Config, *, restart: bool = False) -> None:
@@ -208,4 +206,4 @@ def test_descriptors_are_kept_back_from_connections(
 ) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, hard))
     files = {"key_file": "a", "peers_file": "b"} if with_keys else {}
-    assert checks.max_connections(config(limits={"max_connections": 9000}, transport=files)) == most
+    assert checks.max_connections(settings(limits={"max_connections": 9000}, transport=files)) == most

@@ -34,6 +34,7 @@ from instep.server.services import effective_limits
 from instep_client import Client
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import SMALL, whole
+from tests.support.running import config as settings
 from tests.support.running import log_into
 from tests.support.served import WarmServer, serving
 
@@ -48,9 +49,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def configured(model: Path, **sections: dict[str, Any]) -> Config:
-    transport = {"endpoint": "tcp://127.0.0.1:*", **sections.pop("transport", {})}
-    http = {"endpoint": "off", **sections.pop("http", {})}
-    return Config.model_validate({"model": {"folder": model}, "transport": transport, "http": http, **sections})
+    return settings(model={"folder": model}, **sections)
 
 
 def test_a_cuda_device_that_is_not_there_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

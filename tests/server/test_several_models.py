@@ -21,7 +21,7 @@ from instep_client import AsyncClient, Client, Refused
 from instep_client.protocol.wire import Code
 from tests.support.gate import GATE_VALUE, Gate
 from tests.support.models import plain, whole
-from tests.support.running import log_into, running
+from tests.support.running import config, log_into, running
 from tests.support.served import serving
 from tests.support.warm import run_instep
 
@@ -115,10 +115,7 @@ async def test_a_model_whose_steps_hang_does_not_keep_the_other_one_waiting(rng:
 
 
 def several(folders: object, **sections: dict[str, object]) -> Config:
-    engine = {"max_batch_size": 8}
-    transport = {"endpoint": "tcp://127.0.0.1:*"}
-    common = {"engine": engine, "transport": transport, "http": {"endpoint": "off"}}
-    return Config.model_validate({"model": {"folder": folders}, **common, **sections})
+    return config(model={"folder": folders}, engine={"max_batch_size": 8}, **sections)
 
 
 def test_models_of_one_name_are_refused_until_the_configuration_names_them(folders: list[Path], tmp_path: Path) -> None:

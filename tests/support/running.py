@@ -88,7 +88,7 @@ async def running(
     finally:
         server.stop()
         await serving
-    assert server.failure == failure
+    assert server.shutdown.failure == failure
 
 
 def log_into(told: list[dict[str, Any]]) -> structlog.stdlib.BoundLogger:

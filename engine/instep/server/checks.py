@@ -21,7 +21,7 @@ from instep.config.endpoint import host_and_port
 from instep.core.tables import STREAM
 from instep.frontends import CannotListen
 from instep.frontends.http.security import DEFAULT, cannot_listen, read_tokens
-from instep.memory import size, usable_memory
+from instep.memory import read_text, size, usable_memory
 from instep.models.errors import no_folder
 from instep.recording.database import SUFFIX, check_file, check_place, lost_tail
 from instep.recording.errors import RecordingError, with_advice
@@ -277,8 +277,7 @@ def _ports(config: Config, shards: int) -> Iterator[Finding]:
     http = config.http.endpoint
     for number in range(shards):
         endpoint = config.of_shard(number).transport.endpoint
-        family = socket.AF_INET6 if "[" in endpoint else socket.AF_INET  # of a name, ZeroMQ takes the address of IPv4
-        if endpoint.startswith("tcp://") and _is_in_use(endpoint.removeprefix("tcp://"), family):
+        if endpoint.startswith("tcp://") and _is_in_use(endpoint.removeprefix("tcp://")):
             place, _, port = endpoint.rpartition(":")
             what = f"cannot bind {endpoint}: {os.strerror(errno.EADDRINUSE)}"
             cure = f"end the server that uses it, or choose another: --endpoint {place}:{int(port) + shards}"
@@ -288,20 +287,14 @@ def _ports(config: Config, shards: int) -> Iterator[Finding]:
         yield Finding("problem", str(error), "")
 
 
-def _is_in_use(address: str, family: int = socket.AF_UNSPEC) -> bool:
+def _is_in_use(address: str) -> bool:
     host, _, port = address.rpartition(":")
-    if not port.isdecimal():
-        return False
-    try:
-        found = socket.getaddrinfo(
-            host.strip("[]*") or None, int(port), family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        family, kind, protocol, _, place = found[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(place)
-    except OSError as error:  # whatever else is wrong with it, the bind says
-        return error.errno == errno.EADDRINUSE
+    with socket.socket(socket.AF_INET6 if "[" in host else socket.AF_INET) as probe:  # of a name, as ZeroMQ does
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]*"), int(port) if port.isdecimal() else 0))
+        except OSError as error:  # whatever else is wrong with it, the bind says
+            return error.errno == errno.EADDRINUSE
     return False
 
 
@@ -330,17 +323,10 @@ def _disk(config: Config) -> Iterator[Finding]:
 
 def _file_system(folder: Path) -> str:
     """The kernel's name for the type of a folder's file system; empty if it is not known."""
-    place, best = folder.resolve(), ("", "")
-    try:
-        lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    for line in lines:
-        _, point, kind, *_ = line.split(" ")
-        point = point.replace("\\040", " ")
-        if place.is_relative_to(point) and len(point) >= len(best[0]):
-            best = point, kind
-    return best[1]
+    lines = read_text(Path("/proc/self/mounts")).splitlines()
+    mounts = ((point.replace("\\040", " "), kind) for _, point, kind, *_ in map(str.split, reversed(lines)))
+    around = [(len(point), kind) for point, kind in mounts if folder.resolve().is_relative_to(point)]
+    return max(around, key=lambda each: each[0], default=(0, ""))[1]
 
 
 def _cores(config: Config) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -34,31 +35,26 @@ UNDER_WAY: Final = "models are as before: the last reload has not ended"
 """The `problem` of a loader from a reload's start until it begins to change models."""
 
 
+@dataclass(eq=False)
 class Loader:
     """Loads, swaps and unloads models until they match the configuration, in a thread next to the loop.
 
     The models it loads step in a thread, because no process can be forked once ZeroMQ has threads.
     """
 
-    def __init__(
-        self,
-        server: Server,
-        loop: Loop,
-        shutdown: Shutdown,
-        thread: LoadingThread,
-        log: structlog.stdlib.BoundLogger,
-    ) -> None:
-        self.tasks = Tasks(shutdown.bug)
+    server: Server
+    loop: Loop
+    shutdown: Shutdown
+    thread: LoadingThread
+    log: structlog.stdlib.BoundLogger
+
+    def __post_init__(self) -> None:
+        self.tasks = Tasks(self.shutdown.bug)
         """The reload, or the unloading of an unused version, that is under way; at most one."""
         self.problem = ""
         """The reason that the served models differ from the last configuration; empty if they do not."""
         self._accepted: dict[str, str] = {}
         """Fingerprints of the models that are about to be served."""
-        self._server = server
-        self._loop = loop
-        self._shutdown = shutdown
-        self._thread = thread
-        self._log = log
         self._wanted: ModelConfig | None = None
         """The configuration of the newest reload, until it begins."""
         self._on_change: Callable[[], object] = lambda: None
@@ -68,7 +64,7 @@ class Loader:
     @property
     def config(self) -> ModelConfig:
         """The configuration in force, or the one in force after the reload under way."""
-        return self._followed or self._server.config.model
+        return self._followed or self.server.config.model
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -77,7 +73,7 @@ class Loader:
 
     @property
     def _current(self) -> list[ModelService]:
-        return [service for service in self._server.services if not service.is_former]
+        return [service for service in self.server.services if not service.is_former]
 
     def reload(self, wanted: ModelConfig, on_change: Callable[[], object] = lambda: None) -> None:
         """Load, swap and unload models until they match a configuration, after any reload that is under way.
@@ -91,9 +87,9 @@ class Loader:
 
     def tick(self) -> None:
         """Unload a replaced version that nobody uses any more; then follow the newest configuration."""
-        if len(self.tasks) or self._shutdown.requested.is_set():
+        if len(self.tasks) or self.shutdown.requested.is_set():
             return
-        unused = [service for service in self._server.services if service.is_former and service.is_unused]
+        unused = [service for service in self.server.services if service.is_former and service.is_unused]
         if unused:
             self.tasks.start(self._unload(unused[0].name))
         elif self._wanted is not None:
@@ -102,16 +98,16 @@ class Loader:
 
     async def _reload(self, wanted: ModelConfig) -> None:
         loaded, swapped, at = list[str](), list[str](), ""
-        before, config = self._server.config.model.folder, self._server.config.model_copy(update={"model": wanted})
-        served, changed = {service.name: service for service in self._server.services}, dict[str, Prepared]()
+        before, config = self.server.config.model.folder, self.server.config.model_copy(update={"model": wanted})
+        served, changed = {service.name: service for service in self.server.services}, dict[str, Prepared]()
         try:
-            found = await self._thread.do(partial(load_models, wanted.folders))
+            found = await self.thread.do(partial(load_models, wanted.folders))
             for model, folder in found:
                 if model.name not in served or served[model.name].about.fingerprint != model.fingerprint:
-                    at, log = f"{model.name!r}: ", self._log.bind(model=model.name)
+                    at, log = f"{model.name!r}: ", self.log.bind(model=model.name)
                     if config.recording.is_one_file:
                         raise CannotServe(ONE_FILE)
-                    prepared = await self._thread.do(partial(prepare_loaded, config, model, folder, log))
+                    prepared = await self.thread.do(partial(prepare_loaded, config, model, folder, log))
                     if model.name in served:
                         self._check_swap(config, prepared)
                     changed[model.name] = prepared
@@ -130,39 +126,39 @@ class Loader:
                 for name in loaded:
                     await self._unload(name)
                 loaded = []
-            if self._shutdown.requested.is_set():
+            if self.shutdown.requested.is_set():
                 return
             extent, folders = "models are as before", before
             if swapped:
                 extent = "of model.folder only the models loaded and swapped are in force"
                 folders = {service.name: service.folder for service in self._current}
             reason = f"{extent}: {at}{_why(error)}"
-            self._adopt(self._server.config.model.model_copy(update={"folder": folders}), reason)
-            self._log.error("models not reloaded", loaded=loaded, swapped=swapped, reason=reason)
+            self._adopt(self.server.config.model.model_copy(update={"folder": folders}), reason)
+            self.log.error("models not reloaded", loaded=loaded, swapped=swapped, reason=reason)
             return
         names = [model.name for model, _ in found]
         unloaded = [name for name, service in served.items() if name not in names and not service.is_former]
         for name in unloaded:
             await self._unload(name)
-        self._server.models.reorder(names)
-        self._adopt(self._server.config.model)
+        self.server.models.reorder(names)
+        self._adopt(self.server.config.model)
         if loaded or swapped or unloaded:
-            self._log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
+            self.log.info("models reloaded", loaded=loaded, swapped=swapped, unloaded=unloaded)
 
     def _adopt(self, models: ModelConfig, problem: str = "", accepted: dict[str, str] | None = None) -> None:
         """Make `models` the server's configuration; they are served already, or about to be if `accepted`."""
         self._followed, self._accepted = None, accepted or {}
         self.problem = problem if self._wanted is None else UNDER_WAY
-        self._server.config = self._server.config.model_copy(update={"model": models})
+        self.server.config = self.server.config.model_copy(update={"model": models})
         self._on_change()
 
     async def _load(self, config: Config, prepared: Prepared) -> None:
         """Serve another model, and former versions of it that keep their streams."""
-        log = self._log.bind(model=prepared.model.name)
+        log = self.log.bind(model=prepared.model.name)
         with ExitStack() as undo:
-            planned = await self._thread.do(partial(plan, config, prepared, log))
+            planned = await self.thread.do(partial(plan, config, prepared, log))
             for each in [await self._make(config, each, undo) for each in planned]:
-                self._server.add(self._begin(each))
+                self.server.add(self._begin(each))
             undo.pop_all()
         log.info("loaded", folder=str(prepared.model_path), fingerprint=prepared.model.fingerprint)
 
@@ -172,9 +168,9 @@ class Loader:
         Raises:
             RecordingError, CannotServe: with a sentence.
         """
-        policy, former = StreamPolicy.parse(config.model.on_reload), self._server.models.find(prepared.model.name).info
+        policy, former = StreamPolicy.parse(config.model.on_reload), self.server.models.find(prepared.model.name).info
         kept_as = _kept_as(policy, former)
-        if kept_as in [service.name for service in self._server.services]:
+        if kept_as in [service.name for service in self.server.services]:
             raise CannotServe(f"{kept_as!r} has connections or streams left from an earlier reload: close them")
         if policy.word == "replay" and config.recording.path is None:
             raise CannotServe("frames are replayed from a recording, and there is none: use another model.on_reload")
@@ -189,8 +185,8 @@ class Loader:
         replay has reached.
         """
         name, fingerprint = prepared.model.name, prepared.model.fingerprint
-        policy, log = StreamPolicy.parse(config.model.on_reload), self._log.bind(model=name)
-        former = self._server.models.find(name)
+        policy, log = StreamPolicy.parse(config.model.on_reload), self.log.bind(model=name)
+        former = self.server.models.find(name)
         kept_as = _kept_as(policy, former.info)
         first = recording_file(config, name)
         planned = Planned(prepared, log, None if first is None else next_recording(first))
@@ -198,7 +194,7 @@ class Loader:
             new = await self._make(config, planned, undo, None if kept_as else former.service)
             if kept_as:
                 accept()
-                self._server.replace(former, self._begin(new), kept_as)
+                self.server.replace(former, self._begin(new), kept_as)
             else:
                 moved = await self._move(former, new, policy, log, accept)
             undo.pop_all()
@@ -206,33 +202,33 @@ class Loader:
         new.service.events.add("swapped", detail=fingerprint)
         if not kept_as:  # not before: if this is cancelled, nothing that is served may be undone
             await moved.end(former.service, new.service)
-            await self._server.close(former.service)
+            await self.server.close(former.service)
         kept = {"kept_as": kept_as} if kept_as else {}
         folder = str(prepared.model_path)
         log.info("swapped", folder=folder, fingerprint=fingerprint, **kept, streams=config.model.on_reload)
 
     async def _unload(self, name: str) -> None:
-        await self._server.remove(name, f"the model {name!r} is unloaded")
-        self._log.info("unloaded", model=name)
+        await self.server.remove(name, f"the model {name!r} is unloaded")
+        self.log.info("unloaded", model=name)
 
     async def _make(
         self, config: Config, planned: Planned, undo: ExitStack, moves: ModelService | None = None
     ) -> NextModel:
         """Make a version that is not in use yet; it takes over streams and connections of the service that `moves`."""
         tables = None if moves is None else moves.engine.tables
-        allocation = await self._thread.do(partial(allocate, config, planned, forks=False, tables=tables))
+        allocation = await self.thread.do(partial(allocate, config, planned, forks=False, tables=tables))
         undo.callback(allocation.executor.stop)  # it is idle, and closes its pipe once its thread has ended
-        service = make_service(config, allocation, self._loop.wake, self._shutdown.bug, moves)
+        service = make_service(config, allocation, self.loop.wake, self.shutdown.bug, moves)
         new = NextModel(allocation, service)
-        await self._thread.do(partial(new.open_recording, config, undo))
-        if self._shutdown.requested.is_set():
+        await self.thread.do(partial(new.open_recording, config, undo))
+        if self.shutdown.requested.is_set():
             raise CannotServe("the server is shutting down")
         return new
 
     def _begin(self, new: NextModel) -> Served:
         """Begin its recording, and return what its connections will see."""
-        config, shard = self._server.config, self._server.models.shard
-        new.record(config, self._loop, self._shutdown, shard)
+        config, shard = self.server.config, self.server.models.shard
+        new.record(config, self.loop, self.shutdown, shard)
         return new.served(config, shard)
 
     async def _move(
@@ -253,11 +249,11 @@ class Loader:
             assert old.file is not None, "`_swap` has refused it"
             replay = WarmUpReplay(old.file, new.allocation.stepper, len(old.engine.table.owner) - 1, policy.frames)
             log.info("replaying")
-            await catch_up(replay, self._thread)
+            await catch_up(replay, self.thread)
         paused_s = time.monotonic()
-        with self._server.paused():
-            moved = await move(old, new.service, replay, self._thread, begin)
-            self._server.replace(former, served[0], "")
+        with self.server.paused():
+            moved = await move(old, new.service, replay, self.thread, begin)
+            self.server.replace(former, served[0], "")
         log.info("moved", streams=len(moved.numbers), paused_ms=round(1e3 * (time.monotonic() - paused_s), 1))
         return moved
 

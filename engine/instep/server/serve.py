@@ -429,9 +429,9 @@ async def _serve(launch: Launch, kept: Kept, on_ready: Callable[[str], None], un
         batches=sum(each.batches_total for each in stats),
         messages_unanswered=server.unanswered_messages,
     )
-    if server.was_crash and launch.is_supervised and not stops:
+    if server.shutdown.was_crash and launch.is_supervised and not stops:
         os.kill(os.getpid(), signal.SIGKILL)  # the supervisor starts the next server only after a death by a signal
-    if server.failure is not None:
+    if server.shutdown.failure is not None:
         return 1
     return 130 if stops > 1 else 0
 

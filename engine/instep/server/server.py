@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import InitVar, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -30,18 +30,18 @@ from instep.streaming.service import ModelService
 from instep.streaming.tasks import in_daemon_thread
 
 
+@dataclass(eq=False)
 class FreeSpace:
     """Watches a recording's disk; logs once when it is nearly full, and once when it has room again."""
 
-    def __init__(self, path: Path, log: structlog.stdlib.BoundLogger) -> None:
-        self._path = path
-        self._log = log
-        self._is_low = False
+    path: Path
+    log: structlog.stdlib.BoundLogger
+    _is_low: bool = False
 
     def tick(self, warn_bytes: int) -> int:
         """Warn below this number of free bytes; returns the number of free bytes."""
         try:
-            disk = os.statvfs(self._path.parent)
+            disk = os.statvfs(self.path.parent)
         except OSError:  # the recorder notices it, too, if it matters
             return 0
         free_bytes = disk.f_bavail * disk.f_frsize
@@ -50,9 +50,9 @@ class FreeSpace:
             self._is_low = not self._is_low
             if self._is_low:
                 reason = "the server ends when its recording cannot grow: make room, or start it with keep_bytes"
-                self._log.warning("disk nearly full", free_bytes=free_bytes, warn_bytes=warn_bytes, reason=reason)
+                self.log.warning("disk nearly full", free_bytes=free_bytes, warn_bytes=warn_bytes, reason=reason)
             else:
-                self._log.info("disk has room again", free_bytes=free_bytes)
+                self.log.info("disk has room again", free_bytes=free_bytes)
         return free_bytes
 
 
@@ -72,33 +72,31 @@ COUNTED: Final = (
 _SAID: Final = tuple(f"{name}_total" for name in ("frames", "batches", "messages", *COUNTED))
 
 
+@dataclass(eq=False)
 class Summary:
     """Logs at intervals how the numbers of STATISTICS have changed since the last summary."""
 
-    def __init__(
-        self,
-        log: structlog.stdlib.BoundLogger,
-        statistics: Callable[[], Mapping[str, float]],
-        now_s: float,
-    ) -> None:
-        self._log = log
-        self._statistics = statistics
-        self._since_s = now_s
-        self._before: Mapping[str, float] = statistics()
+    log: structlog.stdlib.BoundLogger
+    statistics: Callable[[], Mapping[str, float]]
+    now_s: float
+    """The time of the last summary."""
+
+    def __post_init__(self) -> None:
+        self._before = self.statistics()
 
     def tick(self, now_s: float, every_s: float) -> None:
         """Log a summary `every_s` seconds after the last one if anything has happened; never for 0."""
-        seconds = now_s - self._since_s
+        seconds = now_s - self.now_s
         if not every_s or seconds < every_s:
             return
-        now, before = self._statistics(), self._before
-        self._since_s, self._before = now_s, now
+        now, before = self.statistics(), self._before
+        self.now_s, self._before = now_s, now
         grown = {name: now[name] - before[name] for name in _SAID}
         if not any(grown.values()):
             return
         counts = {name: int(grown[f"{name}_total"]) for name in COUNTED if grown[f"{name}_total"]}
         batches = grown["batches_total"]
-        self._log.info(
+        self.log.info(
             "served",
             seconds=round(seconds, 1),
             frames_per_s=round(grown["frames_total"] / seconds),
@@ -122,38 +120,32 @@ _FORCED_JOIN_S: Final = 1.0
 """The time for which a forced end waits for the step under way and for the recorder."""
 
 
+@dataclass(eq=False)
 class Server:
     """One socket, one loop, and the added models, from bind to close."""
 
-    def __init__(
-        self,
-        config: Config,
-        shutdown: Shutdown,
-        loop: Loop,
-        models: Models,
-        log: structlog.stdlib.BoundLogger,
-        supervision: Supervision,
-    ) -> None:
-        self.config = config
-        self.unread = ""
-        """The reason that the last configuration, apart from its models, is not in force; empty if it is."""
-        self.unread_peers = ""
-        """The same of the file of peers."""
-        self.unanswered_messages = 0
-        """Messages accepted and never answered, because the end was forced or draining took too long."""
-        self._drain_until = math.inf
-        """The monotonic time at which draining is given up."""
+    config: Config
+    shutdown: Shutdown
+    turns: Loop
+    models: Models
+    log: structlog.stdlib.BoundLogger
+    supervision: InitVar[Supervision]
+    unread: str = ""
+    """The reason that the last configuration, apart from its models, is not in force; empty if it is."""
+    unread_peers: str = ""
+    """The same of the file of peers."""
+    unanswered_messages: int = 0
+    """Messages accepted and never answered, because the end was forced or draining took too long."""
+    admin: AdminServer | None = None
+    """The admin server, which starts and closes with this one."""
+    _drain_until: float = math.inf
+    """The monotonic time at which draining is given up."""
+
+    def __post_init__(self, supervision: Supervision) -> None:
         self._began_ns = time.monotonic_ns()
-        self._shutdown = shutdown
-        self._turns = loop
-        self.models = models
-        self._log = log
         self._summaries: dict[ModelService, Summary] = {}
-        self.admin: AdminServer | None = None
-        """The admin server, which starts and closes with this one."""
-        self._verification = LiveVerification(supervision, log)
-        thread = LoadingThread(shutdown)
-        self.loader = Loader(self, loop, shutdown, thread, log)
+        self._verification = LiveVerification(supervision, self.log)
+        self.loader = Loader(self, self.turns, self.shutdown, LoadingThread(self.shutdown), self.log)
 
     def add(self, served: Served) -> None:
         """Serve a model from now on; the first one is for connections that name none. This cannot fail."""
@@ -210,7 +202,7 @@ class Server:
         finally:
             for frontend in self._frontends:
                 frontend.is_paused = False
-            self._turns.wake()
+            self.turns.wake()
 
     async def close(self, service: ModelService) -> None:
         """Stop the executor of a service that is no longer served, and close its recording."""
@@ -225,12 +217,12 @@ class Server:
         service = served.service
         service.server_began_ns = self._began_ns
         self._summaries[service] = Summary(service.log, service.numbers, time.monotonic())
-        self._turns.add(service)
+        self.turns.add(service)
         if service.verification is not None:
             self._verification.follow(service)
 
     def _leave(self, service: ModelService) -> None:
-        self._turns.remove(service)
+        self.turns.remove(service)
         del self._summaries[service]
 
     @property
@@ -254,7 +246,7 @@ class Server:
 
     @property
     def _frontends(self) -> Sequence[Frontend]:
-        return self._turns.frontends
+        return self.turns.frontends
 
     @property
     def outdated(self) -> str:
@@ -264,17 +256,7 @@ class Server:
     @property
     def is_draining(self) -> bool:
         """Whether the server has been asked to end."""
-        return self._shutdown.requested.is_set()
-
-    @property
-    def failure(self) -> str | None:
-        """The reason for which the server ended by itself, if it did."""
-        return self._shutdown.failure
-
-    @property
-    def was_crash(self) -> bool:
-        """Whether it had to end because a signal killed a stepping process."""
-        return self._shutdown.was_crash
+        return self.shutdown.requested.is_set()
 
     def configure(self, config: Config) -> None:
         """Apply the values of a configuration that can change while the server runs.
@@ -296,18 +278,18 @@ class Server:
         """Refuse everything new, answer all admitted messages (unless `drain` is False), then end `serve`."""
         for service in self.services:
             service.drain()
-        self._shutdown.stop(drain=drain)
+        self.shutdown.stop(drain=drain)
 
     async def serve(self) -> None:
         """Serve until `stop` or a failure; then drain, say goodbye and close."""
         ticking = asyncio.create_task(self._tick())
         try:
-            self._turns.start()
+            self.turns.start()
             if self.admin is not None:
                 await self.admin.start()
-            await self._shutdown.requested.wait()
+            await self.shutdown.requested.wait()
             self._drain_until = time.monotonic() + self.config.shutdown.drain_timeout_s
-            self.stop(drain=self._shutdown.drains)  # a failure did not tell the front end
+            self.stop(drain=self.shutdown.drains)  # a failure did not tell the front end
             if self.admin is not None:
                 self.admin.go_away()
             await self._drain()
@@ -318,17 +300,17 @@ class Server:
 
     async def _tick(self) -> None:
         files = [service.file for service in self.services if service.file is not None]
-        free_space = FreeSpace(files[0], self._log) if files else None  # all of them are in one folder
+        free_space = FreeSpace(files[0], self.log) if files else None  # all of them are in one folder
         stall = Stall()
         while True:
             await asyncio.sleep(_TICK_S)
             try:
                 now_ns = time.monotonic_ns()
                 if stall.look(now_ns):
-                    self._turns.wake()
+                    self.turns.wake()
                     continue
                 for service in self.services:
-                    service.engine.stats.loop_busy_ns = self._turns.busy_ns
+                    service.engine.stats.loop_busy_ns = self.turns.busy_ns
                 for summary in self._summaries.values():
                     summary.tick(now_ns / 1e9, self.config.log.summary_s)
                 if free_space is not None:
@@ -340,28 +322,28 @@ class Server:
                 for service in self.services:
                     service.tick(now_ns)
                 self.loader.tick()
-                self._turns.wake()
+                self.turns.wake()
             except Exception as error:
-                self._shutdown.bug(error)
+                self.shutdown.bug(error)
 
     @property
     def _is_quiet(self) -> bool:
         return all(service.is_quiet for service in self.services) and not len(self.loader.tasks)
 
     async def _drain(self) -> None:
-        self._turns.wake()  # a batch that was held goes now
-        while self._shutdown.drains and not self._is_quiet:
+        self.turns.wake()  # a batch that was held goes now
+        while self.shutdown.drains and not self._is_quiet:
             self._fail_if_late()
             await asyncio.sleep(_LOOK_S)
         await self._linger()
-        if self._shutdown.drains:
+        if self.shutdown.drains:
             await self._take_checkpoints()
         self.unanswered_messages = sum(service.engine.unanswered_messages for service in self.services)
 
     async def _take_checkpoints(self) -> None:
         """Save the next start a replay, unless a failure, another interrupt or the deadline comes first."""
         taking = asyncio.gather(*(service.checkpoints.take() for service in self.services))
-        while self._shutdown.drains and not taking.done() and time.monotonic() < self._drain_until:
+        while self.shutdown.drains and not taking.done() and time.monotonic() < self._drain_until:
             await asyncio.wait([taking], timeout=_LOOK_S)
         taking.cancel()
         await asyncio.gather(taking, return_exceptions=True)
@@ -374,10 +356,10 @@ class Server:
         """
         ask_at = time.monotonic()
         until = min(ask_at + _LINGER_S, self._drain_until)
-        while self._shutdown.drains and (now := time.monotonic()) < until:
+        while self.shutdown.drains and (now := time.monotonic()) < until:
             if asks := now >= ask_at:
                 ask_at = now + _ASK_EVERY_S
-                self._turns.wake()  # a send may have taken the signal of an arrival
+                self.turns.wake()  # a send may have taken the signal of an arrival
             drained = [frontend.drain(asks=asks) for frontend in self._frontends]
             if all(drained):
                 return
@@ -386,11 +368,11 @@ class Server:
     def _fail_if_late(self) -> None:
         if time.monotonic() > self._drain_until:
             timeout_s = self.config.shutdown.drain_timeout_s
-            self._shutdown.fail(f"draining took longer than shutdown.drain_timeout_s = {timeout_s:g}")
+            self.shutdown.fail(f"draining took longer than shutdown.drain_timeout_s = {timeout_s:g}")
 
     async def _close(self) -> None:
-        timeout_s = self.config.shutdown.drain_timeout_s if self._shutdown.drains else _FORCED_JOIN_S
-        reason = f"the server is shutting down: {self.failure or 'it was asked to'}"
+        timeout_s = self.config.shutdown.drain_timeout_s if self.shutdown.drains else _FORCED_JOIN_S
+        reason = f"the server is shutting down: {self.shutdown.failure or 'it was asked to'}"
         try:
             async with contextlib.AsyncExitStack() as closing:  # last to first, each whatever the others raise
                 for frontend in self._frontends:
@@ -403,9 +385,9 @@ class Server:
                 for service in self.services:
                     closing.callback(service.tasks.cancel)
                 closing.callback(self.loader.tasks.cancel)
-                closing.callback(self._turns.stop)
+                closing.callback(self.turns.stop)
         except Exception as error:
-            self._shutdown.bug(error)
+            self.shutdown.bug(error)
 
     def _will_close(
         self, services: Sequence[ModelService], closing: contextlib.AsyncExitStack, timeout_s: float
@@ -413,7 +395,7 @@ class Server:
         for service in services:
             if service.recorder is not None:
                 closing.push_async_callback(self._stop_recorder, service.recorder, service.file)
-        closing.push_async_callback(self._verification.leave, services, finishes=self._shutdown.drains)
+        closing.push_async_callback(self._verification.leave, services, finishes=self.shutdown.drains)
         for service in services:
             closing.callback(service.engine.executor.stop, timeout_s)
 
@@ -421,17 +403,17 @@ class Server:
         """Wait for the recorder until the deadline or, after a forced end, for a moment longer."""
         forced_until: float | None = None
         while not recorder.stop(0.0):
-            if self._shutdown.drains:
+            if self.shutdown.drains:
                 self._fail_if_late()
             elif forced_until is None:
                 forced_until = time.monotonic() + _FORCED_JOIN_S
             elif time.monotonic() > forced_until:
                 reason = "the disk takes too long: the file holds what was committed, and the next start continues it"
-                self._log.warning("recording not closed", file=str(file), reason=reason)
+                self.log.warning("recording not closed", file=str(file), reason=reason)
                 return
             await asyncio.sleep(_LOOK_S)  # a second interrupt is heard meanwhile
         if recorder.failed is not None:
-            self._shutdown.fail(f"the recording {file} failed: {recorder.failed}")
+            self.shutdown.fail(f"the recording {file} failed: {recorder.failed}")
 
 
 async def _quiet(service: ModelService, timeout_s: float) -> None:

@@ -66,7 +66,7 @@ async def test_is_ready_until_it_drains() -> None:
         assert (await http.get("/healthz")).status_code == 200
 
 
-class BadSubject:
+class BadServer:
     """A server without a model, which no server is."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ async def test_a_bug_is_answered_and_logged() -> None:
     told: list[dict[str, Any]] = []
     listener = bind(HttpConfig(endpoint="127.0.0.1:0"), log_into(told))
     assert listener is not None
-    admin = AdminServer(listener, None, BadSubject(), log_into(told))
+    admin = AdminServer(listener, None, BadServer(), log_into(told))
     await admin.start()
     async with httpx.AsyncClient(base_url=admin.url) as http:
         assert "its log says more" in await error(http, "/api/history", 500)

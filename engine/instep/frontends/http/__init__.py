@@ -1,7 +1,7 @@
 """The admin server: shows streams and models over HTTP. It only reads.
 
 `admin` has the socket and the connections, `security` decides which requests are answered, and `app` has the paths.
-`Subject` is the only interface to the server.
+`WatchedServer` is the only interface to the server.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from instep.streaming.service import ModelService
 
 
-class Subject(Protocol):
+class WatchedServer(Protocol):
     """The parts of a server that are shown."""
 
     @property

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from instep.config import HttpConfig
 from instep.config.endpoint import host_and_port, is_loopback_host
 from instep.frontends import CannotListen
-from instep.frontends.http import Subject
+from instep.frontends.http import WatchedServer
 from instep.frontends.http.app import make_app
 from instep.frontends.http.events import Events
 from instep.frontends.http.metrics import exposition
@@ -108,16 +108,16 @@ class AdminServer:
         self,
         listener: socket.socket,
         tokens: Mapping[str, str] | None,
-        subject: Subject,
+        server: WatchedServer,
         log: structlog.stdlib.BoundLogger,
     ) -> None:
         host, self.url = address(listener)
-        status, inspector = ServerStatus(subject), Inspector(subject)
+        status, inspector = ServerStatus(server), Inspector(server)
         self._events = Events(status, inspector)
-        app = make_app(subject, status, inspector, self._events, log)
+        app = make_app(server, status, inspector, self._events, log)
         # What is slow the first time only, before anybody waits for the loop.
         anyio.get_cancelled_exc_class()
-        list(exposition(subject.services, {}))
+        list(exposition(server.services, {}))
         self._listener = listener
         self._guard = Guard(app, tokens, is_loopback_host(host))
         self._server = make_server(self._guard)

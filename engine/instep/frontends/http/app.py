@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
-from instep.frontends.http import Subject
+from instep.frontends.http import WatchedServer
 from instep.frontends.http.answers import STATIC, HttpError, bad_request, json_answer, to_json
 from instep.frontends.http.events import Events
 from instep.frontends.http.metrics import CONTENT_TYPE, exposition
@@ -29,7 +29,7 @@ _OTHER_NAMES: Final = ("/v2/health/live", "/v2/health/ready")
 
 
 def make_app(
-    subject: Subject, status: ServerStatus, inspector: Inspector, events: Events, log: structlog.stdlib.BoundLogger
+    server: WatchedServer, status: ServerStatus, inspector: Inspector, events: Events, log: structlog.stdlib.BoundLogger
 ) -> ASGIApp:
     """The application for every path. Unexpected exceptions are logged and answered with INTERNAL."""
     files = StaticFiles(directory=STATIC)
@@ -41,7 +41,7 @@ def make_app(
         problems = status.problems()
         if problems:
             raise HttpError(503, "NOT_READY", "; ".join(problems))
-        said = {"outdated": subject.outdated, "late": status.late()}
+        said = {"outdated": server.outdated, "late": status.late()}
         return json_answer({"ready": True} | {name: what for name, what in said.items() if what})
 
     async def stats(request: Request) -> Response:
@@ -58,7 +58,7 @@ def make_app(
 
     async def metrics(request: Request) -> Response:
         parts = []
-        for part in exposition(subject.services, subject.used()):
+        for part in exposition(server.services, server.used()):
             parts.append(part)
             await asyncio.sleep(0)
         return Response(b"".join(parts), headers={"content-type": CONTENT_TYPE})

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any, Final
 
-from instep.frontends.http import Subject
+from instep.frontends.http import WatchedServer
 from instep.frontends.http.answers import to_json
 from instep.recording.database import bytes_on_disk
 from instep.streaming.service import ModelService
@@ -20,8 +20,8 @@ _FRESH_S: Final = 0.2
 class ServerStatus:
     """Builds the object of /api/stats, once for all requests at about the same time."""
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    def __init__(self, server: WatchedServer) -> None:
+        self._server = server
         self._version = version("instep")
         self._started_s = time.time()
         self._built_s = float("-inf")
@@ -29,11 +29,11 @@ class ServerStatus:
 
     def problems(self) -> list[str]:
         """The reasons why the server is not ready; empty if it is."""
-        problems = ["the server is shutting down"] if self._subject.is_draining else []
-        for service in self._subject.services:
+        problems = ["the server is shutting down"] if self._server.is_draining else []
+        for service in self._server.services:
             if service.engine.journal.has_failed:
                 problems.append(f"the recording of the model {service.name!r} has failed")
-            elif service.engine.draining and not self._subject.is_draining:
+            elif service.engine.draining and not self._server.is_draining:
                 problems.append(f"the model {service.name!r} is being unloaded")
         return problems
 
@@ -41,7 +41,7 @@ class ServerStatus:
         """The names of models whose live verification is far behind."""
         late = [
             f"{service.name!r}, {check.lag_s:.0f} s{check.reason and f' ({check.reason})'}"
-            for service in self._subject.services
+            for service in self._server.services
             if (check := service.verification) is not None and check.is_late
         ]
         return f"live verification is behind: {'; '.join(late)}" if late else ""
@@ -54,18 +54,18 @@ class ServerStatus:
         return self._stats
 
     def _build(self) -> dict[str, Any]:
-        subject, now_s = self._subject, time.time()
+        server, now_s = self._server, time.time()
         return {
             "version": self._version,
             "pid": os.getpid(),
             "time_s": now_s,
             "started_s": self._started_s,
             "uptime_s": now_s - self._started_s,
-            "endpoint": subject.endpoint,
+            "endpoint": server.endpoint,
             "ready": not self.problems(),
-            "draining": subject.is_draining,
-            "outdated": subject.outdated,
-            "models": [self._model(service) for service in subject.services],
+            "draining": server.is_draining,
+            "outdated": server.outdated,
+            "models": [self._model(service) for service in server.services],
         }
 
     def _model(self, service: ModelService) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
-from instep.frontends.http import Subject
+from instep.frontends.http import WatchedServer
 from instep.frontends.http.answers import HttpError, bad_request, meant
 from instep.streaming.listing import StreamStatus
 from instep.streaming.service import ModelService
@@ -26,12 +26,12 @@ _EVENTS: Final = 100
 class Inspector:
     """Looks up the streams of a server."""
 
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
+    def __init__(self, server: WatchedServer) -> None:
+        self._server = server
 
     def find(self, model: str) -> ModelService | None:
         """The model of that name, or None."""
-        return next((service for service in self._subject.services if service.name == model), None)
+        return next((service for service in self._server.services if service.name == model), None)
 
     def service(self, model: str) -> ModelService:
         """The model that a request names, or the default one.
@@ -40,9 +40,9 @@ class Inspector:
             HttpError: if there is no model of that name.
         """
         if not model:
-            return self._subject.services[0]
+            return self._server.services[0]
         if (service := self.find(model)) is None:
-            names = [service.name for service in self._subject.services]
+            names = [service.name for service in self._server.services]
             raise HttpError(404, "UNKNOWN_MODEL", f"no model is called {model!r:.120}: {meant(model, names)}")
         return service
 
