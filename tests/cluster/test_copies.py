@@ -172,9 +172,13 @@ class Kit:
         self._links.append(Link(role.address, self.before))
         return self._links[-1]
 
-    def end(self) -> None:
-        """End the process of the server, as a later one does of which its role tells it."""
+    def replace(self) -> None:
+        """Tell the process of the server that there is a later one, which ends it."""
         self.copied.follow(self.directory.role()._replace(address="somewhere", counts=True, attempt=10**6))
+
+    def end(self) -> None:
+        """End the process of the server."""
+        self.replace()
         for thread in threading.enumerate():
             if thread.name == "instep-copies":
                 thread.join(60)
@@ -352,6 +356,50 @@ def test_a_file_that_is_new_is_in_the_next_copy(kit: Kit, is_meanwhile: bool) ->
     assert not kit.shard.is_copied
     kit.attach()
     kit.check()
+
+
+def test_a_copy_that_is_being_made_may_take_longer_than_one_that_counts(kit: Kit) -> None:
+    frozen = False
+
+    def freeze(verb: str) -> None:
+        nonlocal frozen
+        if verb == "commit" and not frozen:
+            frozen = True
+            kit.holder.turn.acquire()
+            threading.Timer(2.5, kit.holder.turn.release).start()
+
+    kit.serve(timeout_s=2.0)
+    kit.before = freeze
+    kit.attach()
+    assert frozen
+
+
+def test_a_node_makes_two_copies_at_a_time(tmp_path: Path) -> None:
+    goes_on, begun = threading.Event(), list[int]()
+
+    def begin(number: int, verb: str) -> None:
+        if verb == "begin":
+            begun.append(number)
+        assert goes_on.wait(60)
+
+    kits = [Kit(tmp_path) for _ in range(3)]
+    for number, kit in enumerate(kits):
+        kit.one, kit.holder = tmp_path / f"one-{number}", Holder(tmp_path / f"two-{number}")
+        kit.hold()
+        kit.serve()
+        kit.before = partial(begin, number)
+        kit.join()
+        if number < 2:
+            until(lambda: len(begun) > number)  # noqa: B023  # it is called at once
+    time.sleep(0.1)  # in which the third could begin
+    assert begun == [0, 1]
+    goes_on.set()
+    until(lambda: all(kit.shard.is_copied for kit in kits))
+    for kit in kits:
+        kit.replace()
+    for kit in kits:
+        kit.end()
+        kit.holder.kill()
 
 
 @pytest.mark.parametrize("end", ["frozen", "killed", "replaced"])

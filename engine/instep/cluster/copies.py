@@ -11,6 +11,7 @@ something.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import sqlite3
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TextIO
 from urllib.parse import quote
 
 import structlog
@@ -54,6 +55,11 @@ _ROUNDS: Final = 3
 _WHOLE_S: Final = 30.0
 """The time in which all of a new copy is on the disk, and in its place."""
 _AGAIN_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 30.0
+_JOINING_FACTOR: Final = 10.0
+"""A copy that is being made may take this many times as long for an answer, because nobody waits for it."""
+_MOST_JOINING: Final = 2
+"""How many copies the servers of a node make at the same time, because they share its disk."""
 COMPLETE: Final = "complete.json"
 """Beside recordings: in which term, and since which start of the machine, they have all that they should have."""
 
@@ -105,6 +111,9 @@ class CopiedShard:
         self._waiting_bytes = 0
         self._given: list[str] = []
         """The files that a copy which begins gets; the beginning of any other is not among the transactions."""
+        self._failures = 0
+        """Attempts that have failed since a copy was made."""
+        self._tries_at = 0.0
         self._is_starting = False
         self._is_over = False
         """Whether another server may have begun."""
@@ -241,16 +250,23 @@ class CopiedShard:
             self._told.wait(_AGAIN_S)
             self._told.clear()
             role = self._newest
-            if role.address and role.attempt > self._role.attempt:
+            is_new = bool(role.address) and role.attempt > self._role.attempt
+            if is_new and role.counts:
+                with self._changed:
+                    self._is_over = True  # another process of this term has begun
+                    self._say()
+            elif is_new and self._may_try() and (turn := _take_turn(self._folder.parent)) is not None:
                 with self._changed:
                     self._role = role
-                    self._is_over |= role.counts  # another process of this term has begun
                     self._say()
-                if not self._is_over:
+                with turn:
                     self._try(role)
             else:  # perhaps nothing is recorded, and the copies are lost
                 with self._changed:
                     self._commit_there()
+
+    def _may_try(self) -> bool:
+        return time.monotonic() >= self._tries_at or (self._role.needs_copy and not self._copies)
 
     def _try(self, role: ShardRole) -> None:
         """Give a copy everything; if that fails, have the attempt dropped. The former copy is kept until then."""
@@ -258,7 +274,10 @@ class CopiedShard:
         try:
             copy = self._call(role)
             self._give(copy, role)
+            self._failures = 0
         except Exception as error:  # whatever it is, the server can continue without this copy
+            self._failures += 1
+            self._tries_at = time.monotonic() + min(_LONGEST_PAUSE_S, 2.0**self._failures - 2)
             with self._changed:
                 self._waiting = None
                 self._lose(self._copies if copy in self._copies else {copy: role}, str(error))
@@ -267,17 +286,18 @@ class CopiedShard:
         with self._changed:
             self._waiting, self._waiting_bytes = [], 0
             self._given = [file.name for file in _files(self._folder)]
-        copy.ask("begin", role.term, role.attempt, self._durability, within_s=self._timeout_s)
+        patience_s = _JOINING_FACTOR * self._timeout_s
+        copy.ask("begin", role.term, role.attempt, self._durability, within_s=patience_s)
         for name in self._given:
             for portion in _portions(self._folder / name):
-                copy.ask("commit", [(name, [portion])], within_s=self._timeout_s)
+                copy.ask("commit", [(name, [portion])], within_s=patience_s)
                 copy.send("copy_wal", name)
-                self._catch_up(copy)
-        copy.ask("whole", within_s=_WHOLE_S)
+                self._catch_up(copy, patience_s)
+        copy.ask("whole", within_s=max(_WHOLE_S, patience_s))
         for _ in range(_ROUNDS):
-            self._catch_up(copy)
+            self._catch_up(copy, patience_s)
         with self._changed:
-            self._catch_up(copy)
+            self._catch_up(copy, self._timeout_s)
             self._copies[copy], self._waiting = role, None
             self._say()
         if not self._directory.attached(role.shard, role.term, role.attempt):
@@ -290,19 +310,33 @@ class CopiedShard:
                 self._say()
                 self._log.info("copied", node=role.other)
 
-    def _catch_up(self, copy: Caller) -> None:
+    def _catch_up(self, copy: Caller, within_s: float) -> None:
         """Send what was committed since the last call."""
         with self._changed:
             if self._waiting is None:
                 raise Rejected("it takes less than is recorded, or another recording was begun")
             waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
         for first in range(0, len(waiting), _AT_ONCE):
-            copy.ask("commit", waiting[first : first + _AT_ONCE], within_s=self._timeout_s)
+            copy.ask("commit", waiting[first : first + _AT_ONCE], within_s=within_s)
 
     def _positions_of_copy(self, role: ShardRole) -> dict[str, int] | None:
         with suppress(NoAnswer, Rejected, InvalidInput), closing(self._call(role)) as copy:
             return dict(copy.ask("positions", within_s=self._timeout_s))
         return None
+
+
+def _take_turn(node: Path) -> TextIO | None:
+    """A locked file in the folder of a node, whose closing gives the turn back; None while all turns are taken."""
+    for number in range(_MOST_JOINING):
+        with suppress(OSError):  # also of a full disk
+            turn = (node / f".joining-{number}").open("w")
+            try:
+                fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                turn.close()
+            else:
+                return turn
+    return None
 
 
 def _portions(file: Path) -> Iterator[Statement]:
