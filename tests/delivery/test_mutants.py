@@ -189,7 +189,7 @@ def as_if_clean(original: Any, journal: Journal, slots: I64, states: U8 | None) 
 
 
 def without_resets(original: Any, recovered: Recovered) -> Iterator[Any]:
-    return (replace(portion, marks=()) for portion in original(recovered))
+    return (replace(segment, marks=()) for segment in original(recovered))
 
 
 def without_states(original: Any, journal: Journal, slots: I64, names: Sequence[str], states: U8 | None) -> int:
@@ -273,7 +273,7 @@ RULES = (
     BrokenRule("a RESET is not recorded", Journal.reset, lambda original, journal, slots, states: 0, [killed]),
     BrokenRule("a RESET is answered before it is durable", Journal.reset, at_no_time, [killed]),
     BrokenRule("a checkpoint leaves out a RESET", Journal.reset, as_if_clean, [killed]),
-    BrokenRule("a restart leaves out a RESET", Recovered.portions, without_resets, [killed]),
+    BrokenRule("a restart leaves out a RESET", Recovered.segments, without_resets, [killed]),
     BrokenRule("the first state of a copy is not recorded", Journal.opened, without_states, [killed]),
     BrokenRule("a copy begins with the first frame", StreamOperations.open, from_the_first_frame, [killed]),
 )

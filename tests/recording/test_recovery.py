@@ -188,9 +188,9 @@ def read(path: Path) -> list[OpenStream]:
 def seqs_of(recovered: Recovered) -> dict[int, list[int]]:
     """The frames that a restart steps again, by stream."""
     found: dict[int, list[int]] = {}
-    for portion in recovered.portions():
-        assert not portion.marks
-        for stream, seq in zip(portion.frames.streams.tolist(), portion.frames.seqs.tolist(), strict=True):
+    for segment in recovered.segments():
+        assert not segment.marks
+        for stream, seq in zip(segment.frames.streams.tolist(), segment.frames.seqs.tolist(), strict=True):
             found.setdefault(stream, []).append(seq)
     return found
 

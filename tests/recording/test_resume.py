@@ -170,7 +170,7 @@ def test_what_was_called_durable_survives_kill_9(tmp_path: Path, durability: str
     durable = max([durable, *said[:-1]])  # the last line may be torn
     with Recovered(path) as recovered:
         assert recovered.last_position >= durable > 0
-        frames = next(recovered.portions()).frames
+        frames = next(recovered.segments()).frames
     seqs = np.arange(len(frames))
     assert frames.seqs.tolist() == seqs.tolist()
     assert (frames.x == seqs[:, None]).all()

@@ -30,7 +30,7 @@ def test_what_is_right_is_verified_whatever_happens(tmp_path: Path, seed: int, r
         story.anything()
         if story.rng.random() < 0.3:
             check, _ = checks[int(story.rng.integers(len(checks)))]
-            check.look(1, portion_bytes=2_000)
+            check.look(1, segment_bytes=2_000)
             if turn % 2:
                 check.lag_s = 100.0  # it leaves out what comes before the newest checkpoint
         if turn % 50 == 49:
@@ -196,5 +196,5 @@ def test_it_is_as_late_as_the_first_batch_that_it_has_not_read(tmp_path: Path, m
     story.scribe.step([stream], "unanswered")  # what has outputs is read apart from what has none
     story.scribe.writer.event(story.scribe.now, "recovered", None, "")
     story.step(stream)
-    assert not check.look(1, portion_bytes=1)
+    assert not check.look(1, segment_bytes=1)
     assert 5 <= check.lag_s < 60

@@ -137,7 +137,7 @@ def test_an_interrupt_ends_whatever_has_begun(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     class Stopping(threading.Event):
-        """Holds the work back until it is stopped, once the first portion is finished."""
+        """Holds the work back until it is stopped, once the first segment is finished."""
 
         def is_set(self) -> bool:
             if finished.is_set():

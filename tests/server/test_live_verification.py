@@ -45,7 +45,7 @@ async def start_program(code: str) -> Process:
 
 
 IN_A_FRESH_INTERPRETER: Final = Supervision(
-    partial(start_program, "import instep.replay.live as live; live.main()"),
+    partial(start_program, "import instep.replay.live_process as live; live.main()"),
 )
 """As a server runs it, but a busy machine does not keep it from working."""
 

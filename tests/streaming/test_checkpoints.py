@@ -43,7 +43,7 @@ async def recorded(kit: StreamingEngine, path: Path, x: np.ndarray) -> tuple[InP
 
 def replayed(recovered: Recovered) -> int:
     """Frames that a restart steps again."""
-    return sum(len(portion.frames) for portion in recovered.portions())
+    return sum(len(segment.frames) for segment in recovered.segments())
 
 
 async def test_a_restart_replays_nothing_that_a_checkpoint_holds(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -35,7 +35,7 @@ def live(scribe: Scribe, rounds: int, *, now_ns: int | None = None, goes_on: boo
         if scribe.writer.wants_checkpoint(now):
             scribe.checkpoint(position)
             scribe.writer.commit()
-        for _ in range(scribe.rng.integers(1, 40)):  # other rows are written between two portions
+        for _ in range(scribe.rng.integers(1, 40)):  # other rows are written between two segments
             if not scribe.writer.trim(now):
                 break
         yield number

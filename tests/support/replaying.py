@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from instep.recording.portions import Mark
 from instep.recording.records import RecordedEvent
 from instep.recording.recovery import Recovered
+from instep.recording.segments import Mark
 from tests.support.scribe import F32, Step
 from tests.support.states import floats_of
 
@@ -32,8 +32,8 @@ def replay(recovered: Recovered, step: Step) -> Replayed:
     for stream in recovered.load(recovered.names):
         found.states[stream.stream] = zeros if stream.state is None else floats_of(stream.state[None], LAYERS, SIZE)[0]
         found.seqs[stream.stream] = stream.seq
-    for portion in recovered.portions():
-        frames, resets = portion.frames, list(portion.marks)
+    for segment in recovered.segments():
+        frames, resets = segment.frames, list(segment.marks)
         for at in range(len(frames)):
             while resets and resets[0].position < frames.positions[at]:
                 _reset(found, resets.pop(0))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from instep.core.typing import F32, U8
-from instep.recording.portions import Opened, portions
 from instep.recording.reader import RecordingReader
+from instep.recording.segments import Opened, segments
 from instep.replay.replay import NoStates, Replay
 
 
@@ -31,15 +31,15 @@ def stretches_of(path: Path) -> list[Stretch]:
             if info.opened_position <= reader.trimmed.position:
                 replay.add(info.stream, info.first_seq, info.initial_state)
                 names[info.stream], states[info.stream] = info.name, info.initial_state
-        (portion,) = portions(reader, portion_bytes=2**40)
-    names |= {mark.stream: mark.name for mark in portion.marks if isinstance(mark, Opened)}
-    stretches = replay.plan(portion)
+        (segment,) = segments(reader, segment_bytes=2**40)
+    names |= {mark.stream: mark.name for mark in segment.marks if isinstance(mark, Opened)}
+    stretches = replay.plan(segment)
     assert not stretches.defects
     found = []
     for at, stream in enumerate(stretches.streams.tolist()):
         own = stretches.order[stretches.starts[at] :][: stretches.lengths[at]]
-        answered = own[: int(portion.frames.answered[own].sum())]
+        answered = own[: int(segment.frames.answered[own].sum())]
         state = stretches.given.get(at, states.get(stream))
-        frames = (portion.frames.x[own], portion.frames.y[answered])
+        frames = (segment.frames.x[own], segment.frames.y[answered])
         found.append(Stretch(stream, names[stream], int(stretches.first_seqs[at]), state, *frames))
     return found

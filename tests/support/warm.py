@@ -167,7 +167,8 @@ async def start_checker() -> asyncio.subprocess.Process:
     streams = [await asyncio.open_connection(sock=ours, limit=LINE_BYTES) for ours in (stdin, stdout)]
     output = its_stdout.detach()
     return cast(
-        asyncio.subprocess.Process, WarmModule("instep.replay.live", [output, output, its_stdin.detach()], *streams)
+        asyncio.subprocess.Process,
+        WarmModule("instep.replay.live_process", [output, output, its_stdin.detach()], *streams),
     )
 
 

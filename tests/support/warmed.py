@@ -19,7 +19,7 @@ from instep.models.recurrent.description import DESCRIPTIONS
 from instep.models.registry import build, parse_description
 from instep.program import app
 from instep.runtime.stepper import Stepper
-from instep.streaming.warm_up import warm_up
+from instep.streaming.kernels import compile_kernels
 
 for module in (
     *("instep.export.command", "instep.server.serve", "instep.replay.shadow"),
@@ -27,7 +27,7 @@ for module in (
     "torch._dynamo",  # which the optimizers import, in 2 s
 ):
     importlib.import_module(module)
-warm_up()
+compile_kernels()
 for kind in DESCRIPTIONS:
     description = parse_description({"kind": kind, "features": 1, kind: {"hidden_size": 16}})
     network = build(make_model(description, init="random", seed=0, name=kind), torch.device("cpu"))

@@ -38,7 +38,7 @@ def inspect(path: Path) -> Inspection:
         streams = reader.streams()
         frames = sum(map(len, read_frames(reader, streams, range(len(streams)))))
     with Recovered(path) as recovered:
-        for _ in recovered.portions():
+        for _ in recovered.segments():
             pass  # what a restart would use is checked as it is read
     return Inspection(len(streams), frames)
 

@@ -10,10 +10,10 @@ from typing import Final
 import numpy as np
 
 from instep.core.typing import I64
-from instep.recording.portions import Portion, portions
 from instep.recording.reader import Closing, RecordingReader
 from instep.recording.records import OpenStream, RecordedEvent, find_sorted
 from instep.recording.schema import CHECKPOINT_EVENT, OWNER_EVENT, RESET_EVENT, read_owner_detail
+from instep.recording.segments import Segment, segments
 
 _NEVER: Final = np.iinfo(np.int64).max
 
@@ -70,14 +70,14 @@ class Recovered(Closing):
         before = [at for at, engine in enumerate(engines) if engine.position <= self.checkpoint_position]
         return {engine.header.arithmetic for engine in engines[before[-1] :]}
 
-    def portions(self) -> Iterator[Portion]:
+    def segments(self) -> Iterator[Segment]:
         """Frames and resets of open streams that no state includes, in order. Read it to the end to check all.
 
         Batches that failed are left out.
         """
         first = self.checkpoint_position + 1
-        for portion in portions(self.reader, first):
-            frames = portion.frames
+        for segment in segments(self.reader, first):
+            frames = segment.frames
             at = self._places(frames.streams, frames.positions)
             applies = (frames.seqs >= self._held[at]) & (self._closed_at[at] == _NEVER)
             for unanswered in np.flatnonzero(~frames.answered & ~applies)[:1].tolist():
@@ -85,13 +85,13 @@ class Recovered(Closing):
                     f"the batch at position {frames.positions[unanswered]} has no outputs, and a state holds its frames"
                 )
             np.maximum.at(self._seen, at, frames.seqs + 1)
-            resets = [mark for mark in portion.marks if isinstance(mark, RecordedEvent) and mark.kind == RESET_EVENT]
+            resets = [mark for mark in segment.marks if isinstance(mark, RecordedEvent) and mark.kind == RESET_EVENT]
             of_resets = np.array([(mark.stream or 0, mark.position, mark.seq or 0) for mark in resets], np.int64)
             of_resets = of_resets.reshape(-1, 3)
             at = self._places(of_resets[:, 0], of_resets[:, 1])
             counts = ((of_resets[:, 2] >= self._held[at]) & (self._closed_at[at] == _NEVER)).tolist()
             marks = [mark for mark, does_count in zip(resets, counts, strict=True) if does_count]
-            yield Portion(frames if applies.all() else frames.only(applies), marks, portion.position)
+            yield Segment(frames if applies.all() else frames.only(applies), marks, segment.position)
         missing = np.flatnonzero((self._closed_at == _NEVER) & (self._seen > 0) & (self._seen < self._held))
         for stream in self._numbers[missing][:1].tolist():
             raise self.reader.damaged(f"the state of stream {stream} holds frames that were not recorded")

@@ -38,7 +38,7 @@ from instep.replay.report import Checker, Divergence, Place
 class CheckLimits:
     """Sizes of the parts that are computed at once."""
 
-    portion_bytes: int = 16 * 2**20
+    segment_bytes: int = 16 * 2**20
     """The size of frames and outputs read at once."""
     part_frames: int = 4096
     """The approximate number of frames computed and compared together, few enough for their values to stay in a cache.

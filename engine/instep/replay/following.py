@@ -11,13 +11,13 @@ import torch
 
 from instep.core.typing import U8
 from instep.recording.errors import TrimmedMeanwhile
-from instep.recording.portions import Portion, portions
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint
 from instep.recording.schema import END_EVENT
+from instep.recording.segments import Segment, segments
 from instep.replay.replay import LAST, Replay, Stepping
 
-PORTION_BYTES: Final = 4 * 2**20
+SEGMENT_BYTES: Final = 4 * 2**20
 
 
 class OpenState(NamedTuple):
@@ -64,8 +64,8 @@ class Follower(Replay):
         with RecordingReader(path) as reader:
             super().__init__(stepper, reader, ignore_until=LAST)
 
-    def look(self, most_portions: int | None = None, portion_bytes: int = PORTION_BYTES) -> bool:
-        """Step some or all committed portions; return whether nothing is left to step.
+    def look(self, most_segments: int | None = None, segment_bytes: int = SEGMENT_BYTES) -> bool:
+        """Step some or all committed segments; return whether nothing is left to step.
 
         Raises:
             RecordingError: when the recording is damaged.
@@ -83,11 +83,11 @@ class Follower(Replay):
                     self.position = self.begin(reader, checkpoint)
                     if self.position < since:
                         return False  # this reader does not show what is read again
-                for portion in portions(reader, self.position + 1, settled=True, portion_bytes=portion_bytes):
-                    self.take(portion)
-                    self.position, taken = portion.position, taken + 1
-                    self.is_finished = bool(portion.marks) and getattr(portion.marks[-1], "kind", "") == END_EVENT
-                    if taken == most_portions and not portion.is_last:
+                for segment in segments(reader, self.position + 1, settled=True, segment_bytes=segment_bytes):
+                    self.take(segment)
+                    self.position, taken = segment.position, taken + 1
+                    self.is_finished = bool(segment.marks) and getattr(segment.marks[-1], "kind", "") == END_EVENT
+                    if taken == most_segments and not segment.is_last:
                         unread = next(reader.rows("batches", self.position + 1), None)
                         self.lag_s = 0.0 if unread is None else max(0.0, time.time() - unread[1] / 1e9)
                         return False
@@ -104,9 +104,9 @@ class Follower(Replay):
         """Return the position after which to begin, that of the newest checkpoint; no stream is open yet."""
         return checkpoint.position
 
-    def take(self, portion: Portion) -> None:
-        """Step a portion."""
-        self.step(self.plan(portion))
+    def take(self, segment: Segment) -> None:
+        """Step a segment."""
+        self.step(self.plan(segment))
 
     def meet(self, numbers: Sequence[int]) -> None:
         """Add streams in their newest states."""

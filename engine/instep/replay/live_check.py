@@ -16,10 +16,10 @@ import numpy as np
 
 from instep.core.typing import F32
 from instep.models.base import RecurrentModel
-from instep.recording.portions import Portion
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint
 from instep.recording.schema import read_checkpoint_frames
+from instep.recording.segments import Segment
 from instep.replay.following import Follower
 from instep.replay.recorded_model import recorded_model, recorded_network, why_not_bits
 from instep.replay.replay import StateTable, differ
@@ -119,9 +119,9 @@ class LiveCheck(Follower):
         """See `Follower`; streams with a mismatch are left out."""
         super().meet([number for number in numbers if number not in self._wrong])
 
-    def take(self, portion: Portion) -> None:
-        """Step a portion and compare its outputs."""
-        stretches = self.plan(portion)
+    def take(self, segment: Segment) -> None:
+        """Step a segment and compare its outputs."""
+        stretches = self.plan(segment)
         y, _ = self.step(stretches)
         frames = stretches.frames
         is_applied = np.zeros(len(frames), np.bool_)

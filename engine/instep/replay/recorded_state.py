@@ -17,10 +17,10 @@ from instep.core.typing import U8
 from instep.models.model import Model
 from instep.recording.commands import write_json
 from instep.recording.errors import RecordingError
-from instep.recording.portions import Portion, portions
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedEvent, StreamInfo, openings_of
 from instep.recording.schema import RESET_EVENT, RecordingHeader
+from instep.recording.segments import Segment, segments
 from instep.replay.recorded_model import recorded_model, recorded_network, why_not_bits
 from instep.replay.replay import LAST, Replay, StateTable, differ
 from instep_client.protocol.errors import InvalidInput
@@ -120,12 +120,12 @@ class Past:
         replay.add(number, origin_seq, state)
         reached, wrong = origin_seq, None
         compared: list[int] = []
-        for portion in self._portions(info, position):
-            later = portion.frames.positions[portion.frames.seqs >= (LAST if seq is None else seq)]
+        for segment in self._segments(info, position):
+            later = segment.frames.positions[segment.frames.seqs >= (LAST if seq is None else seq)]
             end = int(later[0]) if len(later) else LAST
-            frames = portion.frames.only(portion.frames.positions < end)
-            resets = [reset for reset in _resets(portion) if origin_seq <= (reset.seq or 0) and reset.position < end]
-            stretches = replay.plan(Portion(frames, resets, portion.position))
+            frames = segment.frames.only(segment.frames.positions < end)
+            resets = [reset for reset in _resets(segment) if origin_seq <= (reset.seq or 0) and reset.position < end]
+            stretches = replay.plan(Segment(frames, resets, segment.position))
             for defect in stretches.defects:
                 if seq is None or defect.next_seq < seq:
                     raise NoSuchMoment(
@@ -154,9 +154,9 @@ class Past:
             )
         return Moment(info, reached, replay.state(number), origin, origin_seq, sum(compared), len(self._openings))
 
-    def _portions(self, info: StreamInfo, position: int) -> Iterator[Portion]:
-        for portion in portions(self._reader, position + 1):
-            yield portion.only(np.array([info.stream]))
+    def _segments(self, info: StreamInfo, position: int) -> Iterator[Segment]:
+        for segment in segments(self._reader, position + 1):
+            yield segment.only(np.array([info.stream]))
 
     def _recorded_before(self, info: StreamInfo, seq: int | None) -> tuple[int, Origin, int, U8 | None]:
         """The newest recorded state before a frame: its position, kind of row, seq, and state."""
@@ -183,8 +183,8 @@ class Past:
         )
 
 
-def _resets(portion: Portion) -> list[RecordedEvent]:
-    return [mark for mark in portion.marks if isinstance(mark, RecordedEvent) and mark.kind == RESET_EVENT]
+def _resets(segment: Segment) -> list[RecordedEvent]:
+    return [mark for mark in segment.marks if isinstance(mark, RecordedEvent) and mark.kind == RESET_EVENT]
 
 
 def show_state(

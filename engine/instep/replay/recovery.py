@@ -17,9 +17,9 @@ from instep.core.tables import Tables, rows_of
 from instep.core.typing import F32
 from instep.models.portable.form import ARITHMETIC
 from instep.recording.errors import RecordingError
-from instep.recording.portions import Portion
 from instep.recording.recovery import Recovered
 from instep.recording.schema import RecordingHeader
+from instep.recording.segments import Segment
 from instep.recording.trim import KEEP_ALL, Retention
 from instep.recording.writer import RecordingWriter
 from instep.replay.replay import NoStates, Replay, Stepping, Stretches, differ
@@ -55,8 +55,8 @@ def resume_recording(
             has_same_bits = recovered.arithmetics() == {header.arithmetic} == {ARITHMETIC}
             replay = _EngineReplay(recovered, tables, table, dirty, stepper, check_outputs=has_same_bits)
             table.last_epoch = max(table.last_epoch, recovered.last_epoch)
-            for portion in recovered.portions():
-                replay.advance(portion)
+            for segment in recovered.segments():
+                replay.advance(segment)
             for position, y in replay.missing:
                 writer.add_outputs(time.time_ns(), position, y)
             writer.commit()
@@ -86,8 +86,8 @@ def look_through(path: Path) -> tuple[int, int]:
     """
     with Recovered(path) as recovered:
         replay, frames = _OpenStreams(recovered, NoStates(recovered.reader.header.state_spec)), 0
-        for portion in recovered.portions():
-            frames += int(replay.checked(portion).lengths.sum())
+        for segment in recovered.segments():
+            frames += int(replay.checked(segment).lengths.sum())
         return len(recovered.names), frames
 
 
@@ -103,9 +103,9 @@ class _OpenStreams(Replay):
         for stream in self.recovered.load(numbers):
             self.add_loaded(stream.stream, stream.seq, stream.stream)
 
-    def checked(self, portion: Portion) -> Stretches:
+    def checked(self, segment: Segment) -> Stretches:
         """Plan as `plan` does, and treat a defect as damage."""
-        stretches = self.plan(portion)
+        stretches = self.plan(segment)
         for defect in stretches.defects:
             raise self.reader.damaged(
                 f"the row at position {defect.position}, of stream {defect.stream}, does not belong there: "
@@ -152,13 +152,13 @@ class _EngineReplay(_OpenStreams):
                 self.add_loaded(stream.stream, stream.seq, slot)
 
     @torch.inference_mode()
-    def advance(self, portion: Portion) -> None:
-        """Step the frames of a portion, and put them into the frame buffer with their outputs."""
-        stretches = self.checked(portion)
+    def advance(self, segment: Segment) -> None:
+        """Step the frames of a segment, and put them into the frame buffer with their outputs."""
+        stretches = self.checked(segment)
         y, _ = self.step(stretches)
         frames, applied = stretches.frames, stretches.applied()
         if self._check_outputs:
-            self._compare(portion, y)
+            self._compare(segment, y)
         else:
             y[frames.answered] = frames.y[frames.answered]  # an output that is asked for again has the same bytes
         slots, seqs = np.repeat(stretches.slots, stretches.lengths), frames.seqs[applied]
@@ -172,8 +172,8 @@ class _EngineReplay(_OpenStreams):
         positions = frames.positions[~frames.answered]
         self.missing += [(position, y[frames.positions == position]) for position in np.unique(positions).tolist()]
 
-    def _compare(self, portion: Portion, y: F32) -> None:
-        frames = portion.frames
+    def _compare(self, segment: Segment, y: F32) -> None:
+        frames = segment.frames
         for at in np.flatnonzero(differ(y, frames.y) & frames.answered)[:1].tolist():
             raise RecordingError(
                 f"stepping the batch at position {frames.positions[at]} of {self.recovered.path} again gives other "

@@ -1,6 +1,6 @@
 """Steps recorded frames again, for all purposes.
 
-`Replay` keeps the open streams of a recording, each with a slot of a stepper that holds its state. A portion takes two
+`Replay` keeps the open streams of a recording, each with a slot of a stepper that holds its state. A segment takes two
 calls: `plan` cuts each stream's frames into stretches, which begin in a given state or in the state after the previous
 stretch, and end where a state was recorded; `step` steps them, many streams at once and each in order.
 """
@@ -17,10 +17,10 @@ from instep.core.typing import F32, I64, U8, Bool
 from instep.models.base import RecurrentModel, StateSpec
 from instep.models.network import PortableNetwork
 from instep.recording.errors import DamagedRecording
-from instep.recording.portions import Closed, Mark, Opened, Portion
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedEvent, RecordedFrames
 from instep.recording.schema import RESET_EVENT, UNKNOWN_SEQ
+from instep.recording.segments import Closed, Mark, Opened, Segment
 
 Place: TypeAlias = Literal["final state", "checkpoint", "state"]
 LAST: Final = int(np.iinfo(np.int64).max)
@@ -261,17 +261,17 @@ class Replay:
     def meet(self, numbers: Sequence[int]) -> None:
         """A hook for streams with frames or resets that are not open here; it may `add` them."""
 
-    def plan(self, portion: Portion) -> Stretches:
-        """Cut the frames of the next portion into stretches; step these before the next call.
+    def plan(self, segment: Segment) -> Stretches:
+        """Cut the frames of the next segment into stretches; step these before the next call.
 
-        A portion at `LAST` also compares the states of checkpoints that no frame follows.
+        A segment at `LAST` also compares the states of checkpoints that no frame follows.
 
         Raises:
             DamagedRecording: when a frame belongs to a stream that is not open.
         """
-        frames, plan = portion.frames, _Plan()
-        marks: dict[int, list[Mark]] = {number: [] for number in (self._recorded if portion.position == LAST else ())}
-        for mark in portion.marks:
+        frames, plan = segment.frames, _Plan()
+        marks: dict[int, list[Mark]] = {number: [] for number in (self._recorded if segment.position == LAST else ())}
+        for mark in segment.marks:
             if mark.stream is not None and (not isinstance(mark, RecordedEvent) or mark.kind == RESET_EVENT):
                 marks.setdefault(mark.stream, []).append(mark)
         numbers, of = np.unique(frames.streams, return_inverse=True)
@@ -289,13 +289,13 @@ class Replay:
                 continue
             if number in marks or number in self._recorded:
                 positions = frames.positions[order[start:end]]
-                self._cut(plan, number, start, positions, marks.pop(number, []), portion.position)
+                self._cut(plan, number, start, positions, marks.pop(number, []), segment.position)
             elif start < end:
                 plan.columns.append((number, stream.slot, start, end - start, stream.next_seq, 0))
                 stream.next_seq += end - start
         for number, of_stream in marks.items():
             if number in self._streams:
-                self._cut(plan, number, 0, np.empty(0, np.int64), of_stream, portion.position)
+                self._cut(plan, number, 0, np.empty(0, np.int64), of_stream, segment.position)
             elif of_stream and of_stream[0].position > self._ignore_until:
                 raise self._not_open(of_stream[0].position, number)
         streams, slots, starts, lengths, seqs, rounds = np.array(plan.columns, np.int64).reshape(-1, 6).T.copy()
@@ -392,7 +392,7 @@ class Replay:
             first: the index of its first frame in the order.
             positions: of its frames.
             marks: of the stream.
-            until: the position of the portion.
+            until: the position of the segment.
         """
         stream, recorded = self._streams[number], self._recorded.get(number, [])
         start, seq, rounds = first, stream.next_seq, 0

@@ -25,9 +25,9 @@ from instep.models.folder import load_model
 from instep.models.numerics import prepare
 from instep.models.registry import build
 from instep.recording.errors import UnavailableRecording
-from instep.recording.portions import Closed, Mark, Opened, Portion
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint
+from instep.recording.segments import Closed, Mark, Opened, Segment
 from instep.replay.following import Follower, newest_state
 from instep.replay.replay import StateTable
 from instep_tools.terminal import say
@@ -231,10 +231,10 @@ class Shadow(Follower):
                 self._found.setdefault(number, StreamDifference(found.name))
                 self._compared_from[number] = found.seq + (self._warm_up or 0)
 
-    def take(self, portion: Portion) -> None:
-        """Step a portion and compare its outputs."""
+    def take(self, segment: Segment) -> None:
+        """Step a segment and compare its outputs."""
         marks, foreign = list[Mark](), set[tuple[int, int]]()
-        for mark in portion.marks:
+        for mark in segment.marks:
             if isinstance(mark, Opened):
                 if not self._is_chosen(mark.name):
                     continue
@@ -244,7 +244,7 @@ class Shadow(Follower):
                 foreign.add((mark.stream, seq or 0))
             is_foreign = self._warm_up is not None and not isinstance(mark, Closed)
             marks.append(replace(mark, state=None) if is_foreign else mark)
-        stretches = self.plan(replace(portion, marks=marks))
+        stretches = self.plan(replace(segment, marks=marks))
         found = list[tuple[StreamDifference, I64]]()
         columns = (stretches.streams, stretches.first_seqs, stretches.starts, stretches.lengths)
         for row, (number, seq, start, length) in enumerate(zip(*(each.tolist() for each in columns), strict=True)):

@@ -6,7 +6,7 @@
    independently, from the original weights; it bounds the true error (see `bound`). That of a graph is the graph in
    float64, which bounds what rounding does, and the report says so. A kind may have none.
 
-1 carries the states of streams from one portion of the recording to the next; 2, 3 and 4 begin each portion in these
+1 carries the states of streams from one segment of the recording to the next; 2, 3 and 4 begin each segment in these
 states. Where the engine computed in `portable-1`, bits must be equal in 1 and 2, whichever machines recorded and
 verify. Other engines promise no bits: 1 must be within twice the bound, since each side may be off by one, and 2 is
 left out. In 3, values must always be within twice the bound, and in 4 within the bound. Where frames or states are too
@@ -36,10 +36,10 @@ from instep.models.numerics import one_thread, threads_as_here
 from instep.recording.database import lost_tail
 from instep.recording.inspection import how_it_ends, where_it_begins
 from instep.recording.lock import is_being_written
-from instep.recording.portions import Opened, Portion, empty_portion, portions
 from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedEvent, select_streams
 from instep.recording.schema import CHECKPOINT_EVENT, RESET_EVENT
+from instep.recording.segments import Opened, Segment, empty_segment, segments
 from instep.replay.bound import F64
 from instep.replay.checkers import (
     CHECK_LIMITS,
@@ -251,19 +251,19 @@ class _Check:
         """The streams, and the number of frames, compared with the definition."""
         self._definition_s = self.checkers.limits.definition_s
         """The time that is left for the definition."""
-        self._definition_begun: tuple[_PortionCheck, Future[Any]] | None = None
+        self._definition_begun: tuple[_SegmentCheck, Future[Any]] | None = None
 
     def run(self, on_progress: Progress) -> None:
         """Check everything."""
-        begun: deque[_PortionCheck] = deque()
+        begun: deque[_SegmentCheck] = deque()
         most = 1 if self.checkers.bits_required else 0
-        for portion in self._portions():
+        for segment in self._segments():
             if begun:
                 begun[-1].stepped.result()
             while len(begun) > most:
                 self._finish(begun.popleft())
-            begun.append(self._begin(portion))
-            on_progress(min(portion.position / max(self._reader.last_position, 1), 1.0))
+            begun.append(self._begin(segment))
+            on_progress(min(segment.position / max(self._reader.last_position, 1), 1.0))
         while begun:
             self._finish(begun.popleft())
         self._finish_definition()
@@ -285,44 +285,44 @@ class _Check:
         streams, frames = self._compared
         return Coverage(len(streams), frames)
 
-    def _portions(self) -> Iterator[Portion]:
+    def _segments(self) -> Iterator[Segment]:
         reader, newest, wanted = self._reader, self._stored.position, self._wanted
         for info in reader.streams() if reader.trimmed.position else ():
             if info.opened_position <= reader.trimmed.position and (wanted is None or info.stream in wanted):
                 self._replay.add(info.stream, info.first_seq, info.initial_state)
                 self._open(info.stream, info.name, info.first_seq)
         cuts = [newest] if newest >= reader.first_position else []
-        for portion in portions(reader, cuts=cuts, portion_bytes=self.checkers.limits.portion_bytes):
-            self._frames += len(portion.frames)
-            yield portion if self._wanted is None else portion.only(self._wanted)
-        yield empty_portion(reader, LAST)
+        for segment in segments(reader, cuts=cuts, segment_bytes=self.checkers.limits.segment_bytes):
+            self._frames += len(segment.frames)
+            yield segment if self._wanted is None else segment.only(self._wanted)
+        yield empty_segment(reader, LAST)
 
     def _open(self, number: int, name: str, first_seq: int) -> None:
         report = StreamReport(number, name)
         self.reports.append(report)
         self._by_number[number], self._first_seqs[number] = report, first_seq
 
-    def _begin(self, portion: Portion) -> _PortionCheck:
-        for mark in portion.marks:
+    def _begin(self, segment: Segment) -> _SegmentCheck:
+        for mark in segment.marks:
             if isinstance(mark, Opened):
                 self._open(mark.stream, mark.name, mark.first_seq)
             elif isinstance(mark, RecordedEvent) and mark.kind == RESET_EVENT:
                 self._first_seqs.pop(mark.stream or 0, None)
-        stretches = self._replay.plan(portion)
+        stretches = self._replay.plan(segment)
         for defect in stretches.defects:
             self._by_number[defect.stream].add_problem(defect.sentence)
         for number, sentence in self._stored.compare_tails(stretches):
             self._by_number[number].add_problem(sentence)
-        if portion.position == self._stored.position:
+        if segment.position == self._stored.position:
             nexts = self._replay.next_seqs
             self._at_checkpoint = {each: seq for each, seq in nexts.items() if self._first_seqs.get(each) != seq}
         drift: F64 = np.zeros(len(stretches))
         if self._drift:
             numbers = stretches.streams.tolist()
             drift[:] = [0 if at in stretches.given else self._drift.get(each, 0) for at, each in enumerate(numbers)]
-        return _PortionCheck(self.checkers, self._replay, stretches, drift, self._pool)
+        return _SegmentCheck(self.checkers, self._replay, stretches, drift, self._pool)
 
-    def _finish(self, check: _PortionCheck) -> None:
+    def _finish(self, check: _SegmentCheck) -> None:
         check.finish()
         for checker, count in check.elements.items():
             self.elements[checker] += count
@@ -334,7 +334,7 @@ class _Check:
         self._finish_definition()
         self._begin_definition(check)
 
-    def _begin_definition(self, check: _PortionCheck) -> None:
+    def _begin_definition(self, check: _SegmentCheck) -> None:
         """Compare some stretches with the definition, for about as long as stepping has taken."""
         _, after, stepped_s = check.stepped.result()
         streams, frames = self._compared
@@ -379,8 +379,8 @@ class _Check:
                 )
 
 
-class _PortionCheck:
-    """The check of a portion's stretches. It begins when it is made, and `finish` waits for its end.
+class _SegmentCheck:
+    """The check of a segment's stretches. It begins when it is made, and `finish` waits for its end.
 
     Attributes:
         stretches: the stretches to check.

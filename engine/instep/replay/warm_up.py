@@ -12,9 +12,9 @@ import numpy as np
 from instep.core.tables import SCRATCH_SLOT
 from instep.core.typing import I64, U8
 from instep.recording.errors import RecordingError
-from instep.recording.portions import Closed, Mark, Opened, Portion
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint, find_sorted
+from instep.recording.segments import Closed, Mark, Opened, Segment
 from instep.replay.following import Follower, newest_state
 from instep.runtime.stepper import Stepper
 
@@ -96,17 +96,17 @@ class WarmUpReplay(Follower):
     def meet(self, numbers: Sequence[int]) -> None:
         """See `Follower`; open streams were added at the beginning."""
 
-    def take(self, portion: Portion) -> None:
-        """Step a portion. States given in it are another network's and are ignored."""
-        ended = {mark.stream for mark in portion.marks if isinstance(mark, Closed)}
+    def take(self, segment: Segment) -> None:
+        """Step a segment. States given in it are another network's and are ignored."""
+        ended = {mark.stream for mark in segment.marks if isinstance(mark, Closed)}
         for number in ended & self._streams.keys():
             self.drop(number)
         marks = list[Mark]()
-        for mark in portion.marks:
+        for mark in segment.marks:
             was_open = isinstance(mark, Opened) and mark.stream in self
             if mark.stream not in ended and not was_open and not isinstance(mark, Closed):
                 marks.append(replace(mark, state=None))
-        stretches = self.plan(replace(portion, marks=marks))
+        stretches = self.plan(replace(segment, marks=marks))
         for row in stretches.given:
             self._firsts[int(stretches.streams[row])] = int(stretches.first_seqs[row])
         self.step(stretches)

@@ -1,6 +1,6 @@
 """Live verification: one process steps the recordings of a server's models again and compares the outputs.
 
-The process is `instep.replay.live`. If it dies, another one continues each recording at the same position.
+The process is `instep.replay.live_process`. If it dies, another one continues each recording at the same position.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ async def start_checker() -> Process:
     """Start the checking process in a fresh interpreter."""
     # In a session of its own, so that Ctrl-C in the terminal is the server's alone.
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "instep.replay.live"),
+        *(sys.executable, "-m", "instep.replay.live_process"),
         stdin=PIPE,
         stdout=PIPE,
         stderr=STDOUT,

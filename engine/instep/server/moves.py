@@ -277,7 +277,7 @@ def _replayed(config: Config, former: Former, allocation: Allocation) -> WarmUpR
 def _complete(config: Config, former: Former, log: structlog.stdlib.BoundLogger) -> RecordingWriter:
     """Continue a recording until it has the newest states of its streams."""
     with Recovered(former.file) as found:
-        if not any(len(portion.frames) or portion.marks for portion in found.portions()):
+        if not any(len(segment.frames) or segment.marks for segment in found.segments()):
             return RecordingWriter.resume(former.file, former.header)
     allocation = allocate(config, Planned(prepare_former(config, former, log), log), forks=False)
     allocation.executor.stop()

@@ -40,8 +40,8 @@ from instep.server.log import Threshold, make_log
 from instep.server.preparation import CannotServe, Prepared, prepare
 from instep.server.server import Server
 from instep.server.supervisor import Child, supervise
+from instep.streaming.kernels import compile_kernels
 from instep.streaming.tasks import Tasks, in_daemon_thread
-from instep.streaming.warm_up import warm_up
 from instep_client.protocol.errors import InvalidInput
 
 
@@ -304,7 +304,7 @@ def launching(
     report(with_all_streams(config, prepared, servers), log)
     if not are_cached("instep.core."):
         log.info("compiling", hint="once on a machine, up to half a minute")
-    warm_up()
+    compile_kernels()
     gc.freeze()  # what is loaded by now stays: collections need not look at it again
     manager = ServiceManager(os.environ, log, servers)
     try:

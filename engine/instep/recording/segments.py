@@ -1,4 +1,4 @@
-"""The rows of a recording in bounded portions, in the order in which they were written, from any position on."""
+"""The rows of a recording in bounded segments, in the order in which they were written, from any position on."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from instep.recording.reader import RecordingReader
 from instep.recording.records import RecordedEvent, RecordedFrames
 from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, ENGINE_EVENT, RESET_EVENT
 
-PORTION_BYTES: Final = 16 * 2**20
-"""The approximate size of the frames and outputs in a portion."""
+SEGMENT_BYTES: Final = 16 * 2**20
+"""The approximate size of the frames and outputs in a segment."""
 _KINDS: Final = (RESET_EVENT, CHECKPOINT_EVENT, ENGINE_EVENT, END_EVENT)
 
 
@@ -49,39 +49,39 @@ Mark: TypeAlias = Opened | Closed | RecordedEvent
 
 
 @dataclass(frozen=True, slots=True)
-class Portion:
+class Segment:
     """The rows between two positions."""
 
     frames: RecordedFrames
     marks: Sequence[Mark]
     position: int
-    """All positions up to this one are in this portion or an earlier one."""
+    """All positions up to this one are in this segment or an earlier one."""
     is_last: bool = False
-    """Whether this is the last portion."""
+    """Whether this is the last segment."""
 
-    def only(self, streams: I64) -> Portion:
+    def only(self, streams: I64) -> Segment:
         """Select the rows of some streams, by number."""
         numbers = set(streams.tolist())
         marks = [mark for mark in self.marks if mark.stream in numbers]
         return replace(self, frames=self.frames.only(np.isin(self.frames.streams, streams)), marks=marks)
 
 
-def portions(
+def segments(
     reader: RecordingReader,
     first: int = 1,
     *,
     cuts: Sequence[int] = (),
     settled: bool = False,
-    portion_bytes: int = PORTION_BYTES,
-) -> Iterator[Portion]:
+    segment_bytes: int = SEGMENT_BYTES,
+) -> Iterator[Segment]:
     """Read all rows from a position on; batches whose step failed are left out.
 
     Args:
         reader: the recording, which is read up to the last commit that the reader shows.
         first: the position.
-        cuts: rising positions at each of which a portion ends.
+        cuts: rising positions at each of which a segment ends.
         settled: whether to end before the first batch without an outcome.
-        portion_bytes: see `PORTION_BYTES`.
+        segment_bytes: see `SEGMENT_BYTES`.
 
     Raises:
         RecordingError: when a row is damaged, or the history was trimmed meanwhile.
@@ -90,18 +90,18 @@ def portions(
     marks, waiting, found = _marks(reader, first), deque[Mark](), [reader.no_frames()]
     last, ahead = reader.last_position, deque(cuts)
 
-    def taken(position: int, *, is_last: bool = False) -> Portion:
+    def taken(position: int, *, is_last: bool = False) -> Segment:
         while (mark := waiting.popleft() if waiting else next(marks, None)) is not None:
             if mark.position > position:
                 waiting.append(mark)
                 break
-            of_portion.append(mark)
-        portion = Portion(RecordedFrames.join(found), list(of_portion), position, is_last)
+            of_segment.append(mark)
+        segment = Segment(RecordedFrames.join(found), list(of_segment), position, is_last)
         del found[1:]
-        of_portion.clear()
-        return portion
+        of_segment.clear()
+        return segment
 
-    of_portion = list[Mark]()
+    of_segment = list[Mark]()
     killed_before = max(reader.recovered_at, default=0) if settled else last
     for frames in _cut(reader.frames(first), cuts):
         while ahead and ahead[0] < frames.positions[0]:
@@ -113,16 +113,16 @@ def portions(
         if known < len(frames):
             last = int(frames.positions[known]) - 1
             break
-        if sum(each.x.nbytes + each.y.nbytes for each in found) >= portion_bytes:
+        if sum(each.x.nbytes + each.y.nbytes for each in found) >= segment_bytes:
             yield taken(int(frames.positions[-1]))
     while ahead and ahead[0] < last:
         yield taken(ahead.popleft())
     yield taken(last, is_last=True)
 
 
-def empty_portion(reader: RecordingReader, position: int) -> Portion:
-    """A portion without rows."""
-    return Portion(reader.no_frames(), [], position)
+def empty_segment(reader: RecordingReader, position: int) -> Segment:
+    """A segment without rows."""
+    return Segment(reader.no_frames(), [], position)
 
 
 def _marks(reader: RecordingReader, first: int) -> Iterator[Mark]:

@@ -1,4 +1,4 @@
-"""The process that checks a server's recordings, at the lowest priority: `python -m instep.replay.live`.
+"""The process that checks a server's recordings, at the lowest priority: `python -m instep.replay.live_process`.
 
 Each line of standard input is a JSON object: `{"follow": FILE, "position": P, "applied": N}` checks the rows after a
 position, before which N frames were applied since the recording began (null: read N from the checkpoint); `{"leave":

@@ -35,7 +35,7 @@ class _Nobody:
         pass
 
 
-def warm_up() -> None:
+def compile_kernels() -> None:
     """Run a stream of a tiny engine through every kernel, with the types that the server uses."""
     tables = make_tables(1, 1, 4, 1, 1, 4, 4, 4)
     table = StreamTable(tables, np.ones(2, np.uint32))
@@ -57,7 +57,7 @@ def warm_up() -> None:
     )
     origin = _Nobody()
     origins.connect(origin)
-    slots, _ = table.open(["warm-up"], origin.number, 0)
+    slots, _ = table.open(["kernels"], origin.number, 0)
     handles = table.slots.handles(slots)
 
     def send(seq: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from instep.replay import live
+from instep.replay import live_process as live
 from tests.support.growing import Story
 
 
@@ -21,7 +21,7 @@ def test_a_recording_that_is_locked_is_checked_afterwards_and_let_go_of(tmp_path
     story.step(story.open(), frames=5)
     story.scribe.writer.close()
     process = subprocess.Popen(
-        [sys.executable, "-c", "import instep.replay.live as live; live._UNREADABLE_S = 0.0; live.main()"],
+        [sys.executable, "-c", "import instep.replay.live_process as live; live._UNREADABLE_S = 0.0; live.main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
