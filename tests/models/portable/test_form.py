@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -146,8 +147,8 @@ def test_a_valid_form_can_be_computed(name: str) -> None:
 HUGE = 2**70
 REFUSED: dict[str, Form] = {
     "after the end": form_of(node("copy", line(OUT, 4), line(X, 4, 1, 1))),
-    "an output without end": form_of(outputs=(line(X, 2**36, 0), line(STATE, 2))),
-    "loops around nothing": form_of(node("copy", View(OUT, 0, (2**38, 0), (0, 1)), 0.0)),
+    "an output without end": form_of(outputs=(View(X, 0, (2**18, 2**18), (0, 0)), line(STATE, 2))),
+    "loops around nothing": form_of(node("copy", View(OUT, 0, (2**19, 2**19, 0), (0, 0, 1)), 0.0)),
     "no buffer": form_of(node("copy", line(7, 1), 1.0)),
     "huge stride": form_of(node("copy", line(OUT, 1, HUGE), 1.0)),
     "partly written": form_of(node("copy", line(OUT, 3, 2), 1.0), node("neg", line(OUT, 3), line(OUT, 3))),
@@ -160,7 +161,9 @@ REFUSED: dict[str, Form] = {
     "tensor of another size": form_of(buffers=(*BUFFERS, Buffer("float32", 11, "weight"))),
     "inputs twice": form_of(inputs=(X, X)),
     "a leaf of another size": form_of(outputs=(line(X, 4), line(X, 4))),
-    "too many steps": form_of(node("sum", scalar(OUT), line(X, MAX_ITERATIONS + 1, 0))),
+    "too many steps": form_of(node("sum", scalar(OUT), View(X, 0, (2, MAX_ITERATIONS // 2 + 1), (0, 0)))),
+    "numbers of 4,000 digits": form_of(outputs=(View(X, 0, (10**4000,) * 5000, (0,) * 5000), line(STATE, 2))),
+    "a million dimensions": form_of(node("copy", View(OUT, 0, (3,) * 10**6, (0,) * 10**6), 1.0)),
 }  # fmt: skip
 
 
@@ -168,6 +171,17 @@ REFUSED: dict[str, Form] = {
 def test_a_form_that_cannot_be_computed_is_refused(name: str) -> None:
     with pytest.raises(ModelError):
         verify(REFUSED[name])
+
+
+def test_sizes_below_zero_make_no_room_for_buffers() -> None:
+    wide = form_of(buffers=(*BUFFERS, Buffer("bool", 2**29)), outputs=(line(X, 4), line(STATE, 2 - 2**29)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelError):
+            verify(wide)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -68,8 +68,10 @@ SCANS: Final[Mapping[str, frozenset[str]]] = {"cumsum": _NUMBERS, "cumprod": _NU
 
 MAX_NODES: Final = 20_000
 MAX_RANK: Final = 16
-MAX_EXTENT: Final = 2**40
-"""The limit of a view's size, strides and offset, so that no address overflows."""
+MAX_EXTENT: Final = 2**31 - 1
+"""The limit of each size and stride of a view, and of its offset."""
+MAX_ELEMENTS: Final = 2**40
+"""The limit of a view's elements, so that no address overflows."""
 MAX_ROW_ELEMENTS: Final = 2**24
 """The limit of the elements in all buffers of one row."""
 MAX_ITERATIONS: Final = 2**32
@@ -265,6 +267,15 @@ def check(form: Form, tensors: Mapping[str, tuple[str, int]], source: str) -> No
         raise ModelError(f"{source} is not a valid normal form: {error}; make the folder again") from None
 
 
+def _check_extents(view: View) -> None:
+    """Check every number of a view by itself first: products of a stranger's numbers could take hours."""
+    if len(view.shape) == len(view.strides) <= MAX_RANK and all(0 <= n <= MAX_EXTENT for n in view.shape):
+        are_small = all(abs(n) <= MAX_EXTENT for n in (view.offset, *view.strides))
+        if are_small and math.prod(max(n, 1) for n in view.shape) <= MAX_ELEMENTS:
+            return
+    raise _Wrong("a view has no valid shape")
+
+
 class _Checker:
     def __init__(self, form: Form, tensors: Mapping[str, tuple[str, int]]) -> None:
         self._form, self._tensors = form, tensors
@@ -277,6 +288,8 @@ class _Checker:
         form = self._form
         if len(form.nodes) > MAX_NODES:
             raise _Wrong(f"it has {len(form.nodes):,} nodes, and {MAX_NODES:,} at most can be compiled")
+        for view in (*form.outputs, *(view for node in form.nodes for view in (node.out, *node.views))):
+            _check_extents(view)
         row = sum(b.size for b in form.buffers if not b.tensor and b.size > 0)
         if row + sum(view.elements for view in form.outputs) > MAX_ROW_ELEMENTS:
             raise _Wrong(f"a row would take more than {MAX_ROW_ELEMENTS:,} numbers")
@@ -320,10 +333,6 @@ class _Checker:
     def _elements(self, view: View) -> npt.NDArray[np.bool_]:
         """The part of the written-elements mask that a view covers, with repeated dimensions reduced to one."""
         size = self._form.buffers[view.buffer].size
-        if len(view.shape) != len(view.strides) or len(view.shape) > MAX_RANK or any(n < 0 for n in view.shape):
-            raise _Wrong("a view has no valid shape")
-        if max(math.prod(max(n, 1) for n in view.shape), *map(abs, (view.offset, *view.strides))) > MAX_EXTENT:
-            raise _Wrong("a view has no valid shape")
         if view.elements == 0:
             return np.empty(0, bool)
         reach = [(n - 1) * stride for n, stride in zip(view.shape, view.strides, strict=True)]
