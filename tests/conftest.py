@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from coverage import Coverage
 from hypothesis import HealthCheck, settings
-from typer import main, testing
+from typer import main, rich_utils, testing
 
 from tests.support import environment, warm_server
 
@@ -23,6 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what 
 
 # typer's runner builds all commands of a program for each call of one, which takes as long as most calls.
 testing._get_command = cache(main.get_command)  # type: ignore[attr-defined]
+assert rich_utils  # it reads FORCE_COLOR when it is imported, which must not be within a test that sets it
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")

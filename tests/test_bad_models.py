@@ -127,7 +127,8 @@ AGAINST: dict[str, tuple[str, str]] = {
     "gives a dict": ("gru net.py:ends", "net.py:ends returns a dict; return a tensor of outputs"),
     "ends the program": ("gru exit.py:net", "exit.py, line 1: SystemExit: 3; the file is run to find net"),
     "is no Python": ("gru wrong.py:net", "wrong.py: SyntaxError: '(' was never closed"),
-    "looks like an emoji": ("gru no.py:x", "--against no.py:x: name a Python file"),
+    "looks like an emoji": ("gru no.py:x", "there is no file no.py"),
+    "is a folder": ("gru here:x", "--against here:x: name a Python file"),
     "is not compared": ("spoilt net.py:ends", "cannot read the weights"),
 }
 

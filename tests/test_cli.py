@@ -52,7 +52,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        *("serve m", "verify a.instep", "model info m --json"),
+        *("serve m", "verify a.instep", "model check m --json"),
     ],
 )
 def test_in_a_directory_that_was_deleted_each_command_says_so(

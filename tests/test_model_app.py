@@ -25,14 +25,14 @@ def made(folder: Path, features: int = 3) -> Path:
     return folder
 
 
-def test_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, words = made(tmp_path / "made"), "3 features → layer norm relu → GRU 4 × 2 layers → dense 2"
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
-    lines = instep("model", "info", str(folder)).stdout.splitlines()
+    lines = instep("model", "check", str(folder)).stdout.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0] == f"made: {words}"
     monkeypatch.delenv("FORCE_COLOR")
-    shown = instep("model", "info", str(folder)).stdout.splitlines()
+    shown = instep("model", "check", str(folder)).stdout.splitlines()
     assert shown[0] == f"made: {words}"
     # layer norm 2·3; GRU 12·(3+4)+24, 12·(4+4)+24; dense 2·4+2
     assert shown[1].startswith("244 weights; fingerprint ")
@@ -40,18 +40,18 @@ def test_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "  gru.weight_ih_l0 [12, 3]" in shown[3:]
 
 
-def test_info_of_no_model_is_an_error_in_json(tmp_path: Path) -> None:
-    found = instep("model", "info", str(tmp_path / "none"), "--json")
+def test_no_model_is_an_error_in_json(tmp_path: Path) -> None:
+    found = instep("model", "check", str(tmp_path / "none"), "--json")
     assert (found.exit_code, json.loads(found.stdout)) == (2, {"error": found.stderr.strip().removeprefix("error: ")})
     assert f"there is no model folder {tmp_path / 'none'}" in found.stderr
 
 
 def test_a_terminal_gets_an_error_in_lines_of_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    shown = RUNNER.invoke(app, ["model", "info", "none"], env={"FORCE_COLOR": "1"})
+    shown = RUNNER.invoke(app, ["model", "check", "none"], env={"FORCE_COLOR": "1"})
     lines = Text.from_ansi(shown.stderr).plain.splitlines()
     assert max(map(len, lines)) <= 80
-    assert " ".join(line.strip() for line in lines) == instep("model", "info", "none").stderr.strip()
+    assert " ".join(line.strip() for line in lines) == instep("model", "check", "none").stderr.strip()
 
 
 NET = """
@@ -105,10 +105,10 @@ def test_a_model_that_is_there_is_replaced_only_when_asked_to(imported: Path) ->
     again = instep("model", "import", "net.pt", "--after", "head:relu")
     assert (again.exit_code, again.stdout) == (2, "")
     assert "--overwrite" in again.stderr
-    assert "softmax" in instep("model", "info", "net").stdout
+    assert "softmax" in instep("model", "check", "net").stdout
     other = ("--output", "net", "--leave-out", "head", "--overwrite")
     assert instep("model", "import", "net.pt", *other).stdout == "net: 5 features → GRU 40\n"
-    assert instep("model", "info", "net").stdout.startswith("net: 5 features → GRU 40\n")
+    assert instep("model", "check", "net").stdout.startswith("net: 5 features → GRU 40\n")
 
 
 def test_an_import_says_what_the_file_holds_and_which_option_is_wrong(imported: Path) -> None:

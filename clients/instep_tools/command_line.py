@@ -44,6 +44,7 @@ FORMER: Final = {
     "version": "--version",
     "keys list": "streams list, or read transport.peers_file",
     "keys show": "keys new NAME; the public key is in NAME.key",
+    "model info": "model check FOLDER",
     "models": "ping",
     "produce": "send",
     "recordings verify": "verify",

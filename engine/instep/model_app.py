@@ -1,4 +1,4 @@
-"""The commands `instep model`: import, check and show a model folder, and compare one on live streams."""
+"""The commands `instep model`: import and check a model folder, and compare one on live streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from instep_tools.command_line import CommandLine
 
 Value = TypeVar("Value")
 
-app = CommandLine(help="Import, check and inspect model folders, and compare one on live streams.")
+app = CommandLine(help="Import and check model folders, and compare one on live streams.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
@@ -98,23 +98,26 @@ def import_model(
     say(f"{folder}: {model.description.in_words()}")
 
 
-@app.command(examples=("instep model check ears --against net.py:net",))
+@app.command(examples=("instep model check ears", "instep model check ears --against net.py:net"))
 def check(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")],
     against: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="FILE:NAME",
             help="A Python file and your trained module in it, or a function that returns it.",
             show_default=False,
         ),
-    ],
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Compare a model folder with your own module.
+    """Check a model folder and show its contents, or compare it with your own module.
 
-    Exit status 0: they agree. 1: they differ. 2: they cannot be compared.
+    Exit status 0: it can be served, and agrees with the module. 1: they differ. 2: it cannot be served or compared.
     """
+    if against is None:
+        _show(folder, json)
+        return
     from instep.models.handover.check import check
 
     found = check(folder, against)
@@ -122,11 +125,7 @@ def check(
     raise typer.Exit(0 if found.agrees else 1)
 
 
-@app.command("info", examples=("instep model info my-model",))
-def info(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")], json: Json = False
-) -> None:
-    """Check a model folder, and show its contents and arithmetic."""
+def _show(folder: Path, json: bool) -> None:
     import torch
 
     from instep.models.folder import load_model

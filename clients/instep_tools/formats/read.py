@@ -164,7 +164,10 @@ def _end_to_end(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, np
             parts[name] = array
     for name, part in parts.items():
         if part.ndim != 2 or part.dtype.kind not in "fiu":
-            raise BadFile(f"{path}: {name!r} must be numbers [T, features], or [R, T, features] for R streams")
+            raise BadFile(
+                f"{path}: {name!r} must be numbers [T, features], or [R, T, features] for R streams; "
+                "streams of different lengths are arrays of their own"
+            )
     if len({part.shape[1] for part in parts.values()}) > 1:
         raise BadFile(f"{path} holds arrays of different widths; all streams must have the same number of features")
     return {

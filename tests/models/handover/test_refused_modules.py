@@ -33,7 +33,7 @@ def answers_by_length(net: Any, x: torch.Tensor) -> Any:
         (lambda net, x: net.leaky(plain(net, x)), r"`leaky` is LeakyReLU\(negative_slope=0.2\)"),
         (lambda net, x: tuple(map(net.head, [net.gru(net.encoder(x))[0]] * 2)), "the output of `gru` more than once"),
         (lambda net, x: net.encoder(x), "recurrent module"),
-        (lambda net, x: plain(net, x if x.sum() > 0 else -x), "torch.export"),
+        (lambda net, x: plain(net, x if x.sum() > 0 else -x), r"\(test_refused_modules.py, line \d+: .*torch.export"),
         (begins_with_its_frames, "runs `gru` on a state that depends on the frames"),
         (lambda net, x: net.gru(net.encoder(x), torch.ones(2, x.size(0), 10).cumsum(1))[0], "`gru` .*another state"),
         (lambda net, x: net.head(net.gru(net.encoder(x))[1][0]), "differ by"),
@@ -49,6 +49,21 @@ def test_a_forward_that_does_more_or_depends_on_the_length_is_refused_and_nothin
         save_model(tmp_path / "m", Net(forward))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "m").exists()
+
+
+def test_arguments_in_the_order_of_torch_save_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"save_model\(folder, net\)"):
+        save_model(nn.GRU(3, 4), tmp_path / "m")  # type: ignore[arg-type]
+
+
+def test_a_quantised_module_is_called_so(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
+            Net(plain), {nn.GRU}, torch.qint8
+        )
+    with pytest.raises(ModelError, match="quantised"):
+        save_model(tmp_path / "m", quantised)
 
 
 def test_an_example_that_the_forward_cannot_take_is_refused(tmp_path: Path) -> None:

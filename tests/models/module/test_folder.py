@@ -216,13 +216,13 @@ def test_a_step_is_checked_against_the_network_over_sequences_that_it_was_writte
     assert (refused.exit_code, "residual.py:Residual is <class" in refused.stderr) == (2, True)
 
 
-def test_info_shows_the_leaves_and_tensors() -> None:
-    found = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["model", "info", str(exported_folder("counting"))])
+def test_check_shows_the_leaves_and_tensors() -> None:
+    found = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["model", "check", str(exported_folder("counting"))])
     lines = found.stdout.splitlines()
     assert re.match(r"counting: 5 features → step of \d+ operators, state count \[\] int64, ring \[3\]", lines[0])
     assert lines[1].startswith("3 weights; fingerprint "), "a buffer"
     assert lines[-1] == "  scale [3]"
-    shown = CliRunner().invoke(app, ["model", "info", str(exported_folder("counting")), "--json"])
+    shown = CliRunner().invoke(app, ["model", "check", str(exported_folder("counting")), "--json"])
     assert json.loads(shown.stdout)["description"]["state"][0] == {
         "name": "count",
         "shape": [],

@@ -137,9 +137,18 @@ def with_a_function() -> onnx.ModelProto:
     return model
 
 
+def over_whole_sequences() -> onnx.ModelProto:
+    shapes = {"w": [1, 12, 4], "r": [1, 12, 4]}
+    weights = [helper.make_tensor(name, FLOAT, shape, [0.5] * 48) for name, shape in shapes.items()]
+    frames, y = (helper.make_tensor_value_info(*each) for each in (("x", FLOAT, [20, 1, 4]), ("y", FLOAT, None)))
+    graph = helper.make_graph([node("GRU", ["x", "w", "r"], ["y"], hidden_size=4)], "g", [frames], [y], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
 REFUSED: dict[str, tuple[Callable[[], onnx.ModelProto | bytes], str]] = {
     "text": (lambda: b"import torch", "is not an ONNX graph"),
     "external data": (external, "'secret'"),
+    "whole sequences": (over_whole_sequences, "whole sequences .*GRU"),
     "foreign operator": (foreign, "QuickGelu"),
     "a function": (with_a_function, "functions"),
     "fixed batch inside": (

@@ -216,6 +216,8 @@ def check(folder: Path, against: str) -> Check:
 
 def _module(against: str) -> nn.Module:
     file, _, attribute = against.rpartition(":")
+    if attribute and file.endswith(".py") and not os.path.isfile(file):
+        raise ModelError(f"--against {against}: there is no file {file}")
     if not attribute or not os.path.isfile(file):
         raise ModelError(f"--against {against}: name a Python file and the module in it, as in net.py:net")
     folder = str(Path(file).resolve().parent)

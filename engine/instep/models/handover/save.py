@@ -60,6 +60,8 @@ def save_model(
         ModelError: the network does something that a model folder cannot hold, weights are not finite float32, the
             folder holds a model, or it cannot be written. Nothing is written then.
     """
+    if isinstance(folder, nn.Module | Mapping):
+        raise ModelError("the folder comes first: save_model(folder, net)")
     folder = Path(folder)
     network, traced = _plain(network), None
     if isinstance(network, nn.Module) and (nonlinearity or leave_out):

@@ -31,7 +31,7 @@ from instep.models.handover.layers import (
     sizes,
 )
 from instep.models.model import Model
-from instep.models.module.export import copied, exported
+from instep.models.module.export import copied, exported, where
 from instep.models.module.operators import Operator, name_of
 from instep.models.numerics import dtype_name, evaluating
 from instep.models.recurrent.description import Activation
@@ -135,7 +135,8 @@ class TracedModule:
         assert failure is not None
         example = "give an example of its arguments, as in save_model(path, net, example=(x, h)), or "
         raise ModelError(
-            f"{self._kind}.forward fails or does what torch.export cannot follow on frames {list(shapes[0])} "
+            f"{self._kind}.forward{where(failure)} fails or does what torch.export cannot follow, "
+            f"such as a decision by a value in a tensor, on frames {list(shapes[0])} "
             f"({first_line(failure):.200}); {'' if self._has_example else example}{_INSTEAD}"
         ) from failure
 
@@ -317,4 +318,6 @@ def _check_recurrent(module: nn.Module) -> None:
     for name, part in found.items():
         check_recurrent(f"`{name}`", part)
     if not found:
+        if any(type(part).__module__.startswith("torch.ao.") for part in parts.values()):
+            raise ModelError(f"{kind} is quantised: hand over the module as it was trained, in float32")
         raise ModelError(f"{kind} has no recurrent module; {SERVED}")

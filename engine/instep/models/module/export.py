@@ -145,8 +145,8 @@ def _refusal(error: Exception) -> str:
     text = str(error)
     if "data-dependent" in text:
         return (
-            f"{_where(error)} decides by a value in a tensor (if, while, int(), float(), bool() or .item()), and one "
-            "way would be taken for all streams of a batch: use torch.where"
+            f"the step{where(error)} decides by a value in a tensor (if, while, int(), float(), bool() or .item()), "
+            "and one way would be taken for all streams of a batch: use torch.where"
         )
     if "specialized it to be a constant" in text:
         return (
@@ -155,19 +155,23 @@ def _refusal(error: Exception) -> str:
             "nn.GRU does, give it x.unsqueeze(1), since x alone would be one sequence of as many timesteps"
         )
     if "Not all values of B" in text:
-        return "the step takes another way at some batch sizes (an if on x.shape[0]); do the same at every size"
+        return (
+            "the step takes another way at some batch sizes (an if on x.shape[0], or a function such as torch.cdist "
+            "that chooses by it); do the same at every size"
+        )
     return (
         f"torch.export cannot follow the step ({type(error).__name__}: {first_line(error):.200}); write it with "
         "functions of torch, from x and the state to y and the new state"
     )
 
 
-def _where(error: Exception) -> str:
+def where(error: Exception) -> str:
+    """The line of the user's code that raised an error, in parentheses; empty if there is none."""
     packages = tuple(str(Path(module.__file__).parent) for module in (torch, instep) if module.__file__)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(packages)]
     if not frames or not frames[-1].line:
-        return "the step"
-    return f"the step ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line.strip():.80})"
+        return ""
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line.strip():.80})"
 
 
 def copied(module: nn.Module, subject: str) -> nn.Module:

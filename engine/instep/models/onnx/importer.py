@@ -308,6 +308,7 @@ _OUT: Final = "out|output|next|new|present|updated"
 _BEFORE: Final = re.compile(rf"^(?:{_IN})_|_(?:{_IN})$|(?<=[a-z])(?:In|Prev)$|_?0$")
 _AFTER: Final = re.compile(rf"^(?:{_OUT})_|_(?:{_OUT})$|(?<=[a-z])(?:Out|Next|New)$|_?[nN1]$")
 """Suffixes that mark the name of an input, and of an output."""
+_LOOPS: Final = frozenset(["GRU", "LSTM", "RNN", "Loop", "Scan"])
 _TRIALS: Final = ((1, 4), (32, 2))
 """The numbers of rows and frames for which a step is compared with onnxruntime."""
 _TOLERANCE: Final = 2e-4
@@ -346,6 +347,7 @@ def import_onnx(
     content, source = graph_bytes(file), str(file)
     graph = parse(content, source)
     session = open_session(content, source)
+    _refuse_sequences(graph, session, source, constants or {})
     step = describe(session, source, state, answer, constants or {}, shapes or {})
     traced = read_onnx(graph, step)
     leaves = [
@@ -365,6 +367,17 @@ def import_onnx(
     _compare(PortableNetwork(model), session, step)
     write_model(folder, model, overwrite=overwrite)
     return model
+
+
+def _refuse_sequences(graph: ModelProto, session: Any, source: str, constants: Mapping[str, float]) -> None:
+    """Refuse a graph that gets only frames, and loops over them."""
+    loops = [node for node in graph.graph.node if node.op_type in _LOOPS]
+    if loops and len(session.get_inputs()) <= 1 + len(constants):
+        raise ModelError(
+            f"{source} computes whole sequences and keeps the state inside ({loops[0].op_type} "
+            f"{loops[0].name or loops[0].output[0]!r:.80}): export one step, with the state as inputs and outputs, or "
+            "give save_model the module"
+        )
 
 
 def describe(
