@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from instep.cluster.ray import RESOURCE
-from instep.config import Config, load_config
+from instep.config import Config, ConfigError, load_config
 from tests.docs.support.shell import assert_exists
 
 ROOT = Path(__file__).parents[2]
@@ -91,10 +91,13 @@ def test_the_image_is_built_of_files_that_exist_and_serves_at_its_port(monkeypat
     for name, value in environ.items():
         if name.startswith("INSTEP_"):
             monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="allow_plaintext"):
+        load_config(None, {"model.folder": "/model"})
+    for name, value in SERVER["environment"].items():
+        monkeypatch.setenv(name, value)
     config = load_config(None, {"model.folder": "/model"})
     port = Config().transport.endpoint.rpartition(":")[2]
     assert config.transport.endpoint == f"tcp://0.0.0.0:{port}"
-    assert config.transport.allow_plaintext
     assert port in " ".join(instructions("EXPOSE"))
 
 
@@ -122,6 +125,19 @@ def test_what_a_pod_mounts_and_is_reached_by_is_there(kind: str) -> None:
     for setting in (name.removeprefix("INSTEP_") for name in environ if name.startswith("INSTEP_")):
         section, key = setting.lower().split("__")
         assert hasattr(getattr(Config(), section), key)
+
+
+def test_no_machine_has_two_pods_and_each_is_bounded() -> None:
+    agents = {"matchLabels": {"app": "instep", "part": "agent"}}
+    for kind in ("StatefulSet", "Deployment"):
+        (rule,) = pod(kind)["affinity"]["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert rule == {"topologyKey": "kubernetes.io/hostname", "labelSelector": agents}
+        assert {each["tolerationSeconds"] for each in pod(kind)["tolerations"]} == {10}
+        assert pod(kind)["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container(kind)["resources"].keys() == {"requests", "limits"}
+        assert "livenessProbe" in container(kind)
+    (budget,) = [each["spec"] for each in KUBERNETES if each["kind"] == "PodDisruptionBudget"]
+    assert budget == {"maxUnavailable": 1, "selector": agents}
 
 
 def test_agents_find_the_directory_that_there_is_one_of() -> None:
