@@ -143,11 +143,9 @@ def rehearse(config: Config, log: structlog.stdlib.BoundLogger, *, restart: bool
     check_before_loading(config, log, restart=restart, shards=shards)
     prepared = prepare(config, log, restart=restart)
     report(with_all_streams(config, prepared, shards), log)
-    if shards == 1:
-        _rehearse_server(config, prepared, log)
-        return
-    for number in range(shards):
-        _rehearse_server(config.of_shard(number), prepared, log.bind(shard=number))
+    numbers = range(shards) if shards > 1 else ()
+    for own, its_log in [(config.of_shard(each), log.bind(shard=each)) for each in numbers] or [(config, log)]:
+        _rehearse_server(own, prepared, its_log)
 
 
 def _rehearse_server(config: Config, prepared: Sequence[Prepared], log: structlog.stdlib.BoundLogger) -> None:

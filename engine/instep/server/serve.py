@@ -106,16 +106,9 @@ class ServiceManager:
 
 
 CHANGEABLE: Final = (
-    "model.on_reload",
-    "model.allow_other_sizes",
-    "limits.max_idle_s",
-    "limits.park_s",
-    "limits.max_parked_streams",
-    "limits.hibernate_after_s",
-    "recording.warn_free_bytes",
-    "shutdown.drain_timeout_s",
-    "log.level",
-    "log.summary_s",
+    *("model.on_reload", "model.allow_other_sizes"),
+    *("limits.max_idle_s", "limits.park_s", "limits.max_parked_streams", "limits.hibernate_after_s"),
+    *("recording.warn_free_bytes", "shutdown.drain_timeout_s", "log.level", "log.summary_s"),
 )
 """Keys that a reload changes. All others are used once, at the start: to allocate memory, bind the socket, open the
 recording.

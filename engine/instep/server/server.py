@@ -57,16 +57,8 @@ class FreeSpace:
 
 
 COUNTED: Final = (
-    "opened_streams",
-    "closed_streams",
-    "parked_streams",
-    "resumed_streams",
-    "hibernated_streams",
-    "woken_streams",
-    "evicted_streams",
-    "step_failures",
-    "busy",
-    "refused_messages",
+    *(f"{word}_streams" for word in ("opened", "closed", "parked", "resumed", "hibernated", "woken", "evicted")),
+    *("step_failures", "busy", "refused_messages"),
 )
 """Counters that are logged unless they are 0, by their names in STATISTICS without `_total`."""
 _SAID: Final = tuple(f"{name}_total" for name in ("frames", "batches", "messages", *COUNTED))
