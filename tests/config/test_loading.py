@@ -158,7 +158,6 @@ def test_a_problem_names_the_key_that_was_meant_or_the_type_and_unit(setting: st
         ("engine", "max_batch_size", 0),
         ("engine", "max_batch_size", True),
         ("limits", "Park_s", 5),
-        ("transport", "allow_plaintext", "yes please"),
         ("transport", "heartbeat_s", 0),
         ("limits", "max_idle_s", float("nan")),
         ("recording", "path", "a\0"),

@@ -78,7 +78,6 @@ def test_other_machines_reach_an_endpoint_only_where_that_is_allowed(endpoint: s
         ({"recording": {"keep_bytes": 1000}}, "recording.keep_bytes"),
         ({"recording": {"keep_s": 9.0}}, "recording.keep_s"),
         ({"recording": {"durability": "fsync"}}, "recording.durability"),
-        ({"verify": {"live": True}}, "verify.live"),
         ({"limits": {"credit_frames": 131_073}}, "limits.credit_frames"),
         ({"limits": {"max_block_frames": 16_385}}, "limits.max_block_frames"),
     ],

@@ -79,7 +79,7 @@ function onEvent(kind, data) {
     if (numbers) history.append(numbers.recent_time_s ?? data.time_s, numbers);
     showStats();
   } else if (kind === "stream" && data.name === page.stream) {
-    showRecord(data.state === "closed" ? null : data, page.stream);
+    showRecord(data.state === "closed" ? null : data, page.stream, model()?.recording?.file);
   } else if (kind === "log") {
     page.events.push(data);
     if (page.events.length > REMEMBERED) page.events.shift();

@@ -4,15 +4,18 @@ import { ago, byId, clock, count, duration, element, setPairs, setText } from ".
 
 const GONE = "The server has no stream of this name: it was closed, it expired, or it was never opened.";
 
-/** record: an answer of /api/streams/NAME, or null while it is not known. */
-export function showRecord(record, name) {
+/** record: an answer of /api/streams/NAME, or null while it is not known; file: of the recording, if there is one. */
+export function showRecord(record, name, file) {
   setText("stream-name", name);
   byId("no-stream").hidden = record !== null;
   byId("facts").hidden = record === null;
   setText("stream-state", record?.state ?? "");
   byId("stream-state").dataset.state = record?.state ?? "";
   if (record === null) setText("no-stream", GONE);
-  else setPairs(byId("facts"), facts(record));
+  else {
+    const command = file ? [["its state", `instep recordings state ${file} ${name}`]] : [];
+    setPairs(byId("facts"), [...facts(record), ...command]);
+  }
 }
 
 function facts(record) {
