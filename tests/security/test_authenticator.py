@@ -95,6 +95,39 @@ async def test_strangers_are_not_answered_and_the_log_counts_them(ring: KeyRing,
     assert ring.make("stranger")[0] not in str(told)
 
 
+async def test_clients_that_hang_up_are_not_counted(ring: KeyRing) -> None:
+    told: list[dict[str, Any]] = []
+    async with running(SMALL, transport=ring.transport, told=told) as server:
+        for _ in range(5):
+            with socketlib.create_connection(("127.0.0.1", int(server.endpoint.rpartition(":")[2]))) as hung_up:
+                hung_up.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"CURVE".ljust(20, b"\0"))
+                await asyncio.sleep(0.05)
+        async with RawClient(server.endpoint, curve=ring.curve("stranger")) as client:
+            await client.send(*client.hello_message())
+            await until(lambda: any("unknown_key" in line for line in told))
+    assert not any("without_keys" in line for line in told)
+
+
+def test_handshakes_that_go_on_failing_are_reported_ever_more_rarely(
+    ring: KeyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, reports = 0.0, list[float]()
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        known = Principals.read(ring.peers_file)
+        at_door = Authenticator(router, ring.make("server")[1], known, timeout_s=1.0)
+        for at in (*range(600), 900):
+            now_s = float(at)
+            at_door._note({"event": zmq.EVENT_HANDSHAKE_FAILED_AUTH, "value": 400})
+            if at_door.failures():
+                reports.append(now_s)
+        at_door.close()
+        router.disable_monitor()
+    assert reports[:7] == [0, 1, 3, 7, 15, 31, 63]
+    assert len(reports) < 20
+    assert reports[-1] == 900
+
+
 async def test_one_endless_message_without_a_key_is_not_taken(ring: KeyRing) -> None:
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
     ready = b"\x04\x29\x05READY\x0bSocket-Type" + (6).to_bytes(4, "big") + b"DEALER"

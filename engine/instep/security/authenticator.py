@@ -7,6 +7,7 @@ ZeroMQ stops when nobody reads that. A stranger is a connection that has not sai
 from __future__ import annotations
 
 import contextlib
+import math
 import socket as socketlib
 import threading
 import time
@@ -27,11 +28,12 @@ _MAX_EVENTS: Final = 2000
 MAX_FILES: Final = MAX_STRANGERS + _MAX_EVENTS
 _GRACE_S: Final = 5.0
 _LOOK_MS: Final = 100
+_FIRST_PAUSE_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 60.0
 _GOODBYE_S: Final = 0.5
 """The time in which a connection that is dismissed gets what was sent to it."""
 _DOMAIN: Final = b"instep"
 _FAILURES: Final = {
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "without_keys",  # a client without keys gives up, a silent one times out
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "without_keys",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "unknown_key",
 }
@@ -74,7 +76,7 @@ class Authenticator:
         self._failures: Counter[str] = Counter()
         self._unknown = {"key": "", "address": ""}
         self._bug: dict[str, Exception] = {}
-        self._reported_s = 0.0
+        self._reported_s, self._pause_s = -math.inf, 0.0
         self._looked_s = 0.0
         self._thread = threading.Thread(target=self._run, name="instep-authenticator", daemon=True)
 
@@ -107,13 +109,16 @@ class Authenticator:
                 self._strangers[descriptor] = time.monotonic() + _GOODBYE_S
 
     def failures(self) -> dict[str, Any]:
-        """Count the handshakes that failed since the last call, by reason; nothing within a second of it.
+        """Count the handshakes that failed since the last report, by reason; while they go on, reports grow rare.
 
+        Handshakes that ended because the client hung up are not among them.
         It also has the last unknown key with its address, and the last bug, each if there was one.
         """
         now_s = time.monotonic()
-        if now_s - self._reported_s < 1.0 or not self._failures:
+        if now_s - self._reported_s < self._pause_s or not self._failures:
             return {}
+        goes_on = now_s - self._reported_s < 2 * _LONGEST_PAUSE_S
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S) if goes_on else _FIRST_PAUSE_S
         failures, self._failures, self._reported_s = self._failures, Counter(), now_s
         bug, self._bug = self._bug, {}
         return {**failures, **(self._unknown if "unknown_key" in failures else {}), **bug}
