@@ -13,7 +13,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from secrets import token_hex
 from types import ModuleType
 from typing import Any, Final, TypeAlias
 
@@ -22,6 +21,7 @@ import numpy.typing as npt
 
 from instep_client.arguments import as_array, float32_copy
 from instep_client.connection import MAX_REPLY_BYTES
+from instep_client.files import write_file
 from instep_client.protocol.errors import InvalidInput
 from instep_client.protocol.state_spec import U8, Leaf, StateSpec
 from instep_client.protocol.wire import ServerInfo
@@ -98,20 +98,7 @@ class StreamSnapshot:
         of = {name: str(getattr(self, name)) for name in ("name", "seq", "fingerprint", "model")}
         tensors = {_LEAF + name: np.array(leaf, order="C") for name, leaf in self.state.items()}
         content = _safetensors().numpy.save(tensors, {"format": _FORMAT, **of})
-        target = Path(path)
-        part = target.with_name(f".{target.name}.{token_hex(4)}.part")
-        try:
-            with part.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            if overwrite:
-                part.replace(target)
-            else:
-                rename_to_new(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-        sync_folder(target.parent)
+        write_file(Path(path), content, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> StreamSnapshot:
@@ -185,28 +172,3 @@ def _safetensors() -> ModuleType:
             name="safetensors",
         ) from None
     return safetensors
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk; without that, a new one may not outlive a loss of power."""
-    if os.name == "nt":  # folders cannot be opened there, and names need no syncing
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def rename_to_new(part: Path, target: Path) -> None:
-    """Give a complete file its name unless that name exists; the file's former name, `part`, may remain.
-
-    Raises:
-        FileExistsError: when the name exists.
-    """
-    try:
-        target.hardlink_to(part)  # refuses what is there by itself, at no moment too late
-    except OSError as error:
-        if isinstance(error, FileExistsError) or os.path.lexists(target):
-            raise FileExistsError(f"{target} exists already") from None
-        part.rename(target)  # no links here

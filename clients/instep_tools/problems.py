@@ -146,7 +146,7 @@ def written_aside(path: Path, new: str = "") -> Iterator[Path]:
         try:
             yield part
             if new:
-                from instep_client.states import rename_to_new
+                from instep_client.files import rename_to_new
 
                 rename_to_new(part, target)
             else:

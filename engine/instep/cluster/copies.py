@@ -37,8 +37,8 @@ from instep.recording.schema import TABLES, Column, Durability
 from instep.recording.writer import SET_NEWEST, Statement, set_up
 from instep.security.keys import ServerKeys
 from instep.server.preparation import CannotServe
+from instep_client.files import sync_folder
 from instep_client.protocol.errors import InvalidInput
-from instep_client.states import sync_folder
 
 MAX_MESSAGE_BYTES: Final = 2**28
 """The longest transaction, and the most that may wait while a copy begins."""

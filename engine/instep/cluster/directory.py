@@ -28,8 +28,8 @@ from instep.security.keys import ServerKeys
 from instep.security.principals import Principals
 from instep.server.checks import CannotServe
 from instep.server.log import make_log
+from instep_client.files import write_file
 from instep_client.protocol.errors import InvalidInput
-from instep_client.states import sync_folder
 
 TICK_S: Final = 0.1
 _BY_SERVERS: Final = ("begins", "attached", "dropped", "behind")
@@ -48,13 +48,7 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file may still be the former one.
     """
-    new = file.with_name(f"{file.name}.new")
-    with new.open("w") as written:
-        json.dump(values, written)
-        written.flush()
-        os.fsync(written.fileno())
-    new.replace(file)
-    sync_folder(file.parent)
+    write_file(file, json.dumps(values).encode())
 
 
 class Store:

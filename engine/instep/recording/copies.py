@@ -22,7 +22,7 @@ from instep.recording.lock import WriterLock
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint, Trimmed
 from instep.recording.schema import CHECKPOINT_EVENT, END_EVENT, HISTORY, OWNER_EVENT, REPAIRED_EVENT
-from instep_client.states import rename_to_new
+from instep_client.files import rename_to_new
 from instep_tools.problems import part_of, parts_left
 
 Row: TypeAlias = tuple[Any, ...]

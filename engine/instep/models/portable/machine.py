@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import llvmlite.binding as llvm
 
 from instep.core.compiled import CACHE_FOLDER
 from instep.models.errors import ModelError
+from instep_client.files import write_file
 
 _DIGEST_BYTES: Final = 32
 """The length of the sha256 with which a cached file begins; the code follows."""
@@ -144,21 +143,8 @@ def cached(key: str, processor: Processor, make: Any) -> bytes:
         raise ModelError(f"LLVM cannot compile the step ({error!s:.200}); report it with the model folder") from None
     if path is not None:
         with suppress(OSError):
-            _write(path, code)
+            write_file(path, hashlib.sha256(code).digest() + code)
     return code
-
-
-def _write(path: Path, code: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(hashlib.sha256(code).digest() + code)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        os.unlink(temporary)
-        raise
 
 
 @cache
