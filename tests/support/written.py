@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from instep.recording.copies import Cut, cut
 from instep.recording.reader import RecordingReader
+from instep.recording.repair import Cut, cut
 from instep.recording.writer import RecordingWriter
 from tests.support.recordings import make_header
 from tests.support.rows import close_stream, open_stream

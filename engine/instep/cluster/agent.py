@@ -27,8 +27,8 @@ import msgpack
 import numpy as np
 
 from instep.cluster.admin import serve_admin
-from instep.cluster.copies import MAX_MESSAGE_BYTES, CopiedShard, hold_copy, positions, settle, term_of
 from instep.cluster.directory import DirectoryClient
+from instep.cluster.replicas import MAX_MESSAGE_BYTES, CopiedShard, hold_copy, positions, settle, term_of
 from instep.cluster.rules import ShardRole
 from instep.cluster.shards import claim, folder_of_sockets
 from instep.cluster.talk import Caller, NoAnswer, Rejected, keys_for

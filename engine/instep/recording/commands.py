@@ -12,12 +12,12 @@ from typing import Any, Final
 from rich.console import Console
 from rich.text import Text
 
-from instep.recording.copies import cut, repair
 from instep.recording.database import bytes_on_disk, lost_tail
 from instep.recording.errors import DamagedRecording, RecordingError, UnavailableRecording, with_advice
 from instep.recording.inspection import facts, inspect, look_over, recordings_in, when
 from instep.recording.lock import check_not_written, is_being_written
 from instep.recording.reader import RecordingReader
+from instep.recording.repair import cut, repair
 from instep_tools.terminal import say
 from instep_tools.words import counted, printable
 

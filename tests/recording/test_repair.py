@@ -18,12 +18,12 @@ from rich.console import Console
 from instep.models.folder import load_model
 from instep.recording import inspection
 from instep.recording.commands import cut_file, parse_time
-from instep.recording.copies import repair
 from instep.recording.database import DatabaseLimits
 from instep.recording.errors import DamagedRecording, RecordingError
 from instep.recording.inspection import Inspection, inspect, look_over, recordings_in, when
 from instep.recording.reader import RecordingReader
 from instep.recording.recovery import Recovered
+from instep.recording.repair import repair
 from instep.recording.schema import HISTORY
 from instep.recording.trim import Retention
 from instep.recording.writer import RecordingWriter

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from instep.cluster import copies
-from instep.cluster.copies import COMPLETE, CopiedShard, HeldCopy
+from instep.cluster import replicas
 from instep.cluster.directory import DirectoryClient
+from instep.cluster.replicas import COMPLETE, CopiedShard, HeldCopy
 from instep.cluster.rules import ShardRole
 from instep.cluster.talk import Caller, Listener, NodeRequest, Rejected
 from instep.config import TransportConfig
@@ -265,9 +265,9 @@ def step(scribe: Scribe) -> None:
 
 
 def test_the_rows_of_both_are_equal_whenever_a_copy_begins(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "_PORTION_BYTES", 1024)
-    monkeypatch.setattr(copies, "_AHEAD_BYTES", 2048)
-    monkeypatch.setattr(copies, "_HELD_UP_S", 0.001)
+    monkeypatch.setattr(replicas, "_PORTION_BYTES", 1024)
+    monkeypatch.setattr(replicas, "_AHEAD_BYTES", 2048)
+    monkeypatch.setattr(replicas, "_HELD_UP_S", 0.001)
     scribe = kit.serve()
     begun = 0
     for number in live(scribe, 20_000):
