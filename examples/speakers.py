@@ -1,6 +1,6 @@
 """Trains the demo's model: it says at every frame who of nine speakers is talking.
 
-    python -m examples.speakers --out FOLDER
+    python -m examples.speakers --output FOLDER
 
 A GRU(12 → 64) and a linear head learn from every frame of the training recordings, standardised and with noise added.
 The standardisation is then folded into the GRU's input weights, so the served model takes frames as recorded. Numbers
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None, epochs: int = EPOCHS) -> int:
     """Train, save, and say how well it does; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m examples.speakers", description="Train the demo's model.")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FOLDER", help="where to write the model, or replace it"
+        "--output", type=Path, required=True, metavar="FOLDER", help="where to write the model, or replace it"
     )
     out: Path = parser.parse_args(arguments).out
     prepare()

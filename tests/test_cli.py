@@ -249,6 +249,6 @@ def test_it_runs_as_a_module_and_as_a_program() -> None:
 
 
 def test_a_stream_that_is_opened_needs_a_name() -> None:
-    result = instep("replay-from", "today.instep", "mic", "--seq", "3", "--as", "")
-    assert result.exit_code == 2
-    assert "a stream needs a name: write one, or leave --as" in " ".join(result.output.replace("│", " ").split())
+    for options in (("--open", ""), ("--open", "x", "--output", "y")):
+        result = instep("recordings", "state", "today.instep", "mic", "--seq", "3", *options)
+        assert (result.exit_code, "--open" in result.stderr) == (2, True)

@@ -69,7 +69,7 @@ def test_a_server_that_does_not_serve_yet_ends_at_once(number: signal.Signals, t
 @pytest.mark.parametrize(
     ("place", "name", "words", "command"),
     [
-        ("sqlite3", "connect", ".part", "recordings cut a.rec out.rec"),
+        ("sqlite3", "connect", ".part", "recordings cut a.rec --output out.rec"),
         ("sqlite3", "connect", "a.rec", "verify a.rec --json"),
     ],
 )

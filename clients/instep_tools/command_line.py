@@ -52,6 +52,7 @@ FORMER: Final = {
     "state snapshot": "state save --output FILE",
     "stats": "ping --all",
     "streams park": "streams close --park",
+    "replay-from": "recordings state … --open NAME",
 }
 """Commands by names that they had, or that others would give them."""
 

@@ -153,14 +153,14 @@ def save_new(taken: StreamSnapshot, path: Path, option: str = "--output") -> Non
         taken.save(path, overwrite=False)
 
 
-async def restored(client: AsyncClient, taken: StreamSnapshot, name: str | None) -> AsyncStream:
-    """Open a stream that continues from a snapshot, by default under the snapshot's name."""
+async def restored(client: AsyncClient, taken: StreamSnapshot, name: str | None, option: str = "--as") -> AsyncStream:
+    """Open a stream that continues from a snapshot, by default under the snapshot's name; `option` gives another."""
     try:
         return await client.restore(taken, name)
     except StreamRefused as refused:
         if refused.code is not Code.NAME_IN_USE:
             raise
-        raise CommandProblem(f"{refused}; restore it under another name with --as NAME") from None
+        raise CommandProblem(f"{refused}; name another one with {option}") from None
 
 
 def _of_model(info: ServerInfo) -> dict[str, str]:

@@ -18,7 +18,7 @@ from instep import interrupts
 from instep.cluster.app import DIRECTORY_ENDPOINT, DirectoryAt, OnEngine
 from instep.cluster.app import app as cluster_app
 from instep.model_app import app as model_app
-from instep.replay.app import ModelFolder, replay_from
+from instep.replay.app import ModelFolder
 from instep.replay.app import recordings as recordings_app
 from instep.security.app import app as keys_app
 from instep_tools.command_line import CommandLine, typed_as
@@ -349,7 +349,7 @@ def export(
 
 @app.command(examples=["instep demo", "instep demo --keep"])
 def demo(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the picture and the recording.")] = Path(
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the picture and the recording.")] = Path(
         "demo-out"
     ),
     *,
@@ -361,7 +361,7 @@ def demo(
     from instep.demo.speakers import run as run_speakers
 
     interrupts.raise_stopped()
-    raise typer.Exit(run_speakers(out, _console(), keep=keep))
+    raise typer.Exit(run_speakers(output, _console(), keep=keep))
 
 
 @app.command(
@@ -399,15 +399,6 @@ def doctor_command(
     from instep.doctor import doctor
 
     raise typer.Exit(doctor(given.file, given.flags, MODEL_FOLDER, json, typer.echo))
-
-
-app.command(
-    "replay-from",
-    examples=[
-        "instep replay-from today.instep mic-7 --seq 1200",
-        "instep replay-from today.instep mic-7 --seq 1200 --as what-if",
-    ],
-)(replay_from)
 
 
 def _console(stderr: bool = False) -> Console:

@@ -24,7 +24,7 @@ class AllCommands(LazyCommands):
     topics: Mapping[str, Mapping[str, str]] = {
         "Serve": dict.fromkeys(("serve", "demo", "doctor"), _ENGINE),
         **CLIENT_TOPICS,
-        "Recordings": dict.fromkeys(("verify", "export", "recordings", "replay-from"), _ENGINE),
+        "Recordings": dict.fromkeys(("verify", "export", "recordings"), _ENGINE),
         "Models, keys, clusters": dict.fromkeys(("model", "keys", "cluster"), _ENGINE),
     }
 

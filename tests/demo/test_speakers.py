@@ -65,7 +65,7 @@ def test_everything_comes_from_as_many_connections_as_recordings(demo: Shown) ->
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_keeps_streaming_until_a_signal_and_verifies_everything(tmp_path: Path, number: signal.Signals) -> None:
-    demo = WarmProcess(["demo", "--keep", "--out", str(tmp_path)], start_new_session=True)
+    demo = WarmProcess(["demo", "--keep", "--output", str(tmp_path)], start_new_session=True)
     try:
         assert demo.stdout is not None
         for line in demo.stdout:

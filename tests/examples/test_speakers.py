@@ -37,7 +37,7 @@ def test_the_shipped_model_reaches_its_accuracy() -> None:
 def test_the_command_trains_a_model_as_good_as_the_shipped_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--out", str(tmp_path / "m")]) == 0
+    assert main(["--output", str(tmp_path / "m")]) == 0
     model = load_model(tmp_path / "m")
     last_frame, all_frames = accuracy(model, load_utterances())
     assert last_frame > 0.94

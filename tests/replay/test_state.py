@@ -122,7 +122,7 @@ def test_every_state_across_checkpoints_and_resets_is_that_of_the_definition(sto
 
 def test_what_the_command_says_and_saves(story: Story, tmp_path: Path) -> None:
     file = tmp_path / "then.safetensors"
-    result = run(story.path, "a", "--seq", "18", "--out", file, "--json")
+    result = run(story.path, "a", "--seq", "18", "--output", file, "--json")
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert (values["stream"], values["number"], values["seq"], values["model"]) == ("a", 1, 18, "model")
@@ -174,7 +174,7 @@ def test_what_is_not_recorded_is_refused_with_what_is(story: Story, tmp_path: Pa
         ((cut, "a", "--seq", "20"), "the history before frame 21 was deleted"),
         ((cut, "a", "--seq", "20"), "ask for a seq from 21 to 27"),
         ((tmp_path / "absent", "a"), "cannot read the recording"),
-        ((story.path, "a", "--out", tmp_path / "there.safetensors"), "name another file with --out"),
+        ((story.path, "a", "--output", tmp_path / "there.safetensors"), "name another file with --output"),
         ((story.path, "a", "--folder", tmp_path), "the model cannot be loaded"),
     ):
         result = run(*arguments)

@@ -1,15 +1,15 @@
-"""The commands `instep recordings` and `instep replay-from`."""
+"""The commands `instep recordings`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from instep import interrupts
 from instep_client.protocol.codes import DEFAULT_ENDPOINT
-from instep_tools.command_line import CommandLine, Endpoint
+from instep_tools.command_line import CommandLine, Endpoint, ModelName
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -42,12 +42,12 @@ def info(
     raise typer.Exit(commands.info(recording, _console(), json=json))
 
 
-@recordings.command(examples=["instep recordings repair today.instep saved.instep"])
+@recordings.command(examples=["instep recordings repair today.instep --output saved.instep"])
 def repair(
     recording: Recording,
-    out: Annotated[
+    output: Annotated[
         Path | None,
-        typer.Argument(metavar="OUT", help="The new file. Default: next to the damaged one.", show_default=False),
+        typer.Option(metavar="FILE", help="The new file. Default: next to the damaged one.", show_default=False),
     ] = None,
 ) -> None:
     """Write a new file with everything before the first damage. The damaged file stays as it is.
@@ -57,18 +57,18 @@ def repair(
     from instep.recording import commands
 
     interrupts.raise_stopped()
-    commands.repair_file(recording, out, _console())
+    commands.repair_file(recording, output, _console())
 
 
 @recordings.command(
     examples=[
-        "instep recordings cut today.instep backup.instep",
-        "instep recordings cut today.instep am.instep --to 2026-11-26T12:00",
+        "instep recordings cut today.instep --output backup.instep",
+        "instep recordings cut today.instep --output am.instep --to 2026-11-26T12:00",
     ]
 )
 def cut(
     recording: Recording,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The new file.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The new file.", show_default=False)],
     begin: Annotated[
         str | None,
         typer.Option(
@@ -99,7 +99,8 @@ def cut(
 @recordings.command(
     examples=[
         "instep recordings state today.instep mic-7 --seq 1200",
-        "instep recordings state today.instep mic-7 --seq 1200 --out then.safetensors",
+        "instep recordings state today.instep mic-7 --output mic-7.safetensors",
+        "instep recordings state today.instep mic-7 --seq 1200 --open what-if",
     ]
 )
 def state(
@@ -109,51 +110,37 @@ def state(
         int | None,
         typer.Option(min=0, metavar="N", help="The state before frame N. Default: after the last.", show_default=False),
     ] = None,
-    out: Annotated[
+    output: Annotated[
         Path | None,
-        typer.Option("--out", metavar="FILE.safetensors", help="Save the state as a snapshot.", show_default=False),
+        typer.Option(metavar="FILE.safetensors", help="Save the state for `instep state restore`.", show_default=False),
     ] = None,
-    model: ModelFolder = None,
-    json: Json = False,
-) -> None:
-    """Compute the exact state of a recorded stream before any of its frames.
-
-    The frames since the newest recorded state are stepped again. `instep state restore` opens a stream with the
-    file of --out. Exit status 0: done. 2: the exact state cannot be computed, and the message gives the reason.
-    """
-    from instep.replay.recorded_state import show_state
-
-    interrupts.raise_stopped()
-    show_state(recording, stream, seq, model_folder=model, out=out, json=json, console=_console())
-
-
-def replay_from(
-    recording: Recording,
-    stream: Stream,
-    seq: Annotated[
-        int, typer.Option(min=0, metavar="N", help="The new stream continues with frame N.", show_default=False)
-    ],
     name: Annotated[
         str | None,
-        typer.Option("--as", metavar="NAME", help="The new stream's name. Default: STREAM@N.", show_default=False),
+        typer.Option(
+            "--open", metavar="NAME", help="Open a stream on a running server with the state.", show_default=False
+        ),
     ] = None,
     endpoint: Endpoint = DEFAULT_ENDPOINT,
-    model: ModelFolder = None,
+    model: ModelName = "",
+    folder: ModelFolder = None,
     json: Json = False,
 ) -> None:
-    """Branch a live stream from any recorded frame.
+    """Compute the exact state of a recorded stream before any of its frames: to show, save or continue from it.
 
-    Opens a stream on a running server with the state before frame N, and leaves it parked until a producer resumes it.
-    Exit status 0: done. 2: the stream could not be opened.
+    The frames since the newest recorded state are stepped again. A stream that is opened is parked until a producer
+    resumes it. Exit status 0: done. 2: the exact state cannot be computed, or not be used, and the message says why.
     """
-    if name == "":
-        raise typer.BadParameter("a stream needs a name: write one, or leave --as out for STREAM@N", param_hint="--as")
+    if name == "" or (name and output):
+        raise typer.BadParameter("it takes a name, and goes without --output", param_hint="--open")
 
-    from instep.replay.recorded_state import replay_from as run
+    from instep.replay.recorded_state import open_stream, show_state
+    from instep_tools.connect import Target
 
     interrupts.raise_stopped()
-    options: dict[str, Any] = {"name": name, "model_folder": model, "endpoint": endpoint}
-    raise typer.Exit(run(recording, stream, seq, json=json, **options))
+    if name is None:
+        show_state(recording, stream, seq, folder, output, _console(), json=json)
+    else:
+        raise typer.Exit(open_stream(recording, stream, seq, folder, name, Target(endpoint, model), json=json))
 
 
 def _console() -> Console:

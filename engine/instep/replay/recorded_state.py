@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from instep.replay.recorded_model import recorded_model, recorded_network, why_n
 from instep.replay.replay import LAST, Replay, StateTable, differ
 from instep_client.protocol.errors import InvalidInput
 from instep_client.states import StreamSnapshot, as_state
-from instep_tools.connect import Target, connected
+from instep_tools.connect import Target
 from instep_tools.pacing import Stop
 from instep_tools.problems import CommandProblem, Exit, check_new
 from instep_tools.running import run_command
@@ -191,24 +190,23 @@ def show_state(
     file: Path,
     stream: str,
     seq: int | None,
-    *,
-    model_folder: Path | None,
-    out: Path | None,
-    json: bool,
+    folder: Path | None,
+    output: Path | None,
     console: Console,
+    *,
+    json: bool,
 ) -> None:
     """Show a recorded stream's state before a frame (by default after the last), and save it if requested.
 
     Raises:
         RecordingError, CannotVerify, CommandProblem: when the exact state cannot be computed, or a file not be written.
     """
-    if out is not None:
-        check_new(out, "--out")
-    with _past(file, stream, model_folder) as (past, header):
-        moment = past.before(seq)
+    if output is not None:
+        check_new(output, "--output")
+    moment, header = _moment(file, stream, seq, folder)
     taken = _snapshot(moment, header)
-    if out is not None:
-        save_new(taken, out, "--out")
+    if output is not None:
+        save_new(taken, output, "--output")
     if json:
         write_json(
             {
@@ -223,25 +221,23 @@ def show_state(
                 "replayed_frames": moment.replayed,
                 "compared_frames": moment.compared,
                 "state": plain(taken.state),
-                "out": None if out is None else str(out),
+                "output": None if output is None else str(output),
             }
         )
         return
     leaves = ", ".join(f"{leaf.name} {leaf.dtype} {list(leaf.shape)}" for leaf in header.state_spec.leaves)
     several = f", the newest of {moment.openings} of this name," if moment.openings > 1 else ""
     about = f"stream {moment.info.stream} ({moment.info.name!r}){several} before frame {moment.seq}: {leaves}"
-    results = [moment.in_words(), f"saved in {out}" if out is not None else ""]
+    results = [moment.in_words(), f"saved in {output}" if output is not None else ""]
     for line in [*folded(about), *state_lines(taken.state, header.state_spec)]:
         console.print(Text(line), soft_wrap=True, highlight=False)
     for line in folded("; ".join(filter(None, results))):
         console.print(Text(line, "bold green"), soft_wrap=True, highlight=False)
 
 
-@contextmanager
-def _past(file: Path, stream: str, model_folder: Path | None) -> Iterator[tuple[Past, RecordingHeader]]:
+def _moment(file: Path, stream: str, seq: int | None, folder: Path | None) -> tuple[Moment, RecordingHeader]:
     with RecordingReader(file) as reader:
-        model = recorded_model(reader.header, model_folder)
-        yield Past(reader, model, stream), reader.header
+        return Past(reader, recorded_model(reader.header, folder), stream).before(seq), reader.header
 
 
 def _snapshot(moment: Moment, header: RecordingHeader) -> StreamSnapshot:
@@ -249,15 +245,8 @@ def _snapshot(moment: Moment, header: RecordingHeader) -> StreamSnapshot:
     return StreamSnapshot(moment.info.name, moment.seq, state, header.model_fingerprint, header.model_name)
 
 
-def replay_from(
-    file: Path,
-    stream: str,
-    seq: int,
-    *,
-    name: str | None,
-    model_folder: Path | None,
-    endpoint: str,
-    json: bool,
+def open_stream(
+    file: Path, stream: str, seq: int | None, folder: Path | None, name: str, target: Target, *, json: bool
 ) -> int:
     """Open a stream on a running server that continues from a recorded frame, and leave it parked.
 
@@ -267,10 +256,8 @@ def replay_from(
     Raises:
         RecordingError, CannotVerify: when the exact state cannot be computed.
     """
-    with _past(file, stream, model_folder) as (past, header):
-        moment = past.before(seq)
-        taken = _snapshot(moment, header)
-    opened = partial(_open, file, name or f"{moment.info.name}@{moment.seq}", Target(endpoint), moment, taken)
+    moment, header = _moment(file, stream, seq, folder)
+    opened = partial(_open, file, name, target, moment, _snapshot(moment, header))
     return run_command(opened, Terminal(json), drains=False)
 
 
@@ -283,14 +270,13 @@ async def _open(
     terminal: Terminal,
     stop: Stop,
 ) -> Exit:
-    target = await _with_the_model(target, taken, terminal, stop)
-    async with leaving(target, "replay", terminal, stop) as client:
+    async with leaving(target, "open", terminal, stop) as client:
         info = client.info
         try:
             taken.check(info)
         except InvalidInput as error:
-            raise CommandProblem(f"{file}: {error}") from None
-        stream = await restored(client, taken, name)
+            raise CommandProblem(f"{file}: {error}; name another model of the server with --model") from None
+        stream = await restored(client, taken, name, "--open")
         about: dict[str, Any] = {
             "file": str(file),
             "of": moment.info.name,
@@ -302,12 +288,3 @@ async def _open(
         terminal.note(f"the state before frame {moment.seq}: {moment.in_words()}")
         tell_parked(terminal, f"{name!r} continues from {moment.info.name!r} in {file}", stream, info, about)
     return Exit.OK
-
-
-async def _with_the_model(target: Target, taken: StreamSnapshot, terminal: Terminal, stop: Stop) -> Target:
-    """A connection to the server's default model or, if that is another one, to the recorded model by name."""
-    async with connected(target, "replay-from", terminal, stop) as client:
-        if client.info.fingerprint == taken.fingerprint:
-            return target
-        others = {served.name for served in await client.list_models()}
-    return target._replace(model=taken.model) if taken.model in others else target

@@ -311,7 +311,9 @@ def _disk(config: Config) -> Iterator[Finding]:
     kind = _file_system(folder)
     if kind.startswith(_NETWORK):
         what = f"the recording is on a network file system ({kind}), where SQLite's WAL can be damaged"
-        cure = "put recording.path on a local disk, and copy finished recordings: instep recordings cut FILE COPY"
+        cure = (
+            "put recording.path on a local disk, and copy finished recordings: instep recordings cut FILE --output COPY"
+        )
         yield Finding("warning", what, cure)
     free = os.statvfs(folder)
     if (free_bytes := free.f_bavail * free.f_frsize) < config.recording.warn_free_bytes:

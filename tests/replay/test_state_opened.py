@@ -1,4 +1,4 @@
-"""`instep replay-from` on a live server: a recorded stream continues from any of its frames with the same bits."""
+"""`recordings state --open`: on a live server, a recorded stream continues from any frame with the same bits."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ class Live:
 
     async def replay(self, *arguments: str | Path, recording: Path | None = None) -> tuple[int, dict[str, Any]]:
         file = recording or self.recording
-        result = await self.run("replay-from", file, *arguments, "-e", self.server.endpoint, "--json")
+        options = ("-e", self.server.endpoint, "--json")
+        result = await self.run("recordings", "state", file, *arguments, *options)
         return result.exit_code, json.loads(result.stdout)
 
 
@@ -93,10 +94,10 @@ async def test_states_of_a_served_stream_are_those_of_the_definition_whatever_ha
 
 
 async def test_a_what_if_begins_with_the_recorded_state_and_takes_other_frames(live: Live) -> None:
-    status, values = await live.replay("mic", "--seq", "24")
+    status, values = await live.replay("mic", "--seq", "24", "--open", "mic@24")
     assert (status, values["stream"], values["seq"]) == (0, "mic@24", 24)
-    again = await live.run("replay-from", live.recording, "mic", "--seq", "24", "-e", live.server.endpoint)
-    assert (again.exit_code, "--as NAME" in again.stderr) == (2, True), "the name is in use"
+    again = await live.replay("mic", "--seq", "24", "--open", "mic@24")
+    assert (again[0], "with --open" in again[1]["error"]) == (2, True), "the name is in use"
     other = -live.x[:6]
     async with AsyncClient(live.server.endpoint) as client:
         stream = await client.resume("mic@24", epoch=values["epoch"])
@@ -104,10 +105,12 @@ async def test_a_what_if_begins_with_the_recorded_state_and_takes_other_frames(l
 
 
 async def test_a_server_of_another_model_is_refused(live: Live) -> None:
+    words = ("recordings", "state", live.recording, "mic", "--seq", "24", "--open", "mic@24", "-e")
     async with running(SEED_SIZED) as other:
-        result = await live.run("replay-from", live.recording, "mic", "--seq", "24", "-e", other.endpoint)
+        result = await live.run(*words, other.endpoint)
     assert result.exit_code == 2
     assert "a state is valid only with the weights that made it" in result.stderr
     async with running(SEED_SIZED, SMALL) as both:
-        result = await live.run("replay-from", live.recording, "mic", "--seq", "24", "-e", both.endpoint)
+        assert (await live.run(*words, both.endpoint)).exit_code == 2, "it is not the first model"
+        result = await live.run(*words, both.endpoint, "--model", SMALL.name)
     assert result.exit_code == 0, result.output
