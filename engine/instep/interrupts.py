@@ -56,12 +56,23 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def end_with_parent(parent: int, by: signal.Signals = signal.SIGTERM) -> None:
-    """Have the kernel signal this process when the thread of `parent` that forked it ends; on Linux only."""
+def how_ended(code: int) -> str:
+    """How a process ended that has this exit status, or -N if signal N killed it."""
+    return f"was killed by {signal_name(-code)}" if code < 0 else f"ended with status {code}"
+
+
+def end_with_parent(parent: int, by: signal.Signals = signal.SIGTERM, name: str = "") -> None:
+    """Have the kernel signal this process when the thread of `parent` that forked it ends; on Linux only.
+
+    There `ps -o pid,comm`, `top` and `pstree` also show the process under its name, of which 15 bytes are kept.
+    """
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(1, by)  # PR_SET_PDEATHSIG
+        prctl = ctypes.CDLL(None).prctl
+        prctl(1, by)  # PR_SET_PDEATHSIG
+        if name:
+            prctl(15, name.encode())  # PR_SET_NAME
         if os.getppid() != parent:  # it died before the kernel knew
             os._exit(1)
 

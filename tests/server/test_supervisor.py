@@ -56,6 +56,7 @@ def test_a_crash_costs_a_stream_nothing_but_time(
             if number in (20, 40):
                 first = server_of(served)
                 (steps,) = first.children()
+                assert (first.name(), steps.name()) == ("instep server", "instep step")
                 (first if number == 20 else steps).send_signal(signal.SIGKILL)
                 assert served.until("restarting")["level"] == "error"
                 served.until("serving")

@@ -13,12 +13,10 @@ import re
 import signal
 import socket
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import inf
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Final
@@ -35,14 +33,14 @@ from instep.cluster.talk import Caller, NoAnswer, Rejected, keys_for
 from instep.config import Config, ConfigError, TransportConfig
 from instep.frontends import CannotListen
 from instep.frontends.shards import Shard
-from instep.interrupts import ENDINGS, signal_name
+from instep.interrupts import ENDINGS, how_ended
 from instep.recording.errors import RecordingError
 from instep.security.keys import ServerKeys
 from instep.security.principals import Principals
 from instep.server.checks import CannotServe, before_loading, report
 from instep.server.log import make_log
 from instep.server.serve import Kept, Launch, ServiceManager, has_terminal, launching, serve_one
-from instep.server.supervisor import MOST_RESTARTS, WITHIN_S, become_child, ended_processes
+from instep.server.supervisor import Deaths, become_child, ended_processes
 from instep_client.key_files import read_key_pair
 from instep_client.protocol.errors import InvalidInput
 from instep_client.protocol.wire import ShardTable
@@ -85,15 +83,7 @@ class NodeShard:
     process: NodeProcess | None = None
     has_ended: bool = False
     """Whether the server has ended in order; said until the shard is served elsewhere."""
-    deaths: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_RESTARTS + 1))
-
-    @property
-    def begins_at(self) -> float:
-        """The time of the next start: later with each death, and never after too many of them."""
-        recent = [at for at in self.deaths if at > self.deaths[-1] - WITHIN_S]
-        if len(recent) > MOST_RESTARTS:
-            return inf
-        return recent[-1] + len(recent) / 2 if len(recent) > 1 else 0.0
+    deaths: Deaths = field(default_factory=Deaths)
 
 
 def received(pipe: socket.socket) -> list[Any]:
@@ -148,7 +138,7 @@ class Agent:
             signal.signal(number, self._stop)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
             signal.signal(signal.SIGHUP, self._hung_up)
-        self._relay, self._admin = self._fork(self._talk), self._fork(self._administer)
+        self._relay, self._admin = self._fork("relay", self._talk), self._fork("admin server", self._administer)
         self._has = dict.fromkeys(range(self.shards), (0, 0))  # each is looked for
         while not self._stops:
             self._has = self._find_recordings()
@@ -220,16 +210,17 @@ class Agent:
             if process is not None:
                 if role.ends and process.serves and not process.is_ending:
                     self._end_server(process, role)
-            elif not (role.ends and each.has_ended) and not self._is_gone(each) and time.monotonic() > each.begins_at:
+            elif not (role.ends and each.has_ended) and not self._is_gone(each) and each.deaths.are_over:
                 each.has_ended = False
-                each.process = self._fork(partial(self._serve if role.is_server else self._hold, each))
+                run, name = (self._serve, "server") if role.is_server else (self._hold, "copy")
+                each.process = self._fork(f"{name} {role.shard}", partial(run, each))
 
     def _is_gone(self, of: NodeShard) -> bool:
         """Whether the server of a shard cannot begin here: its recording is not there, or it has died too often."""
         is_lost = of.role.begun and of.process is None and of.role.shard not in self._has
-        return of.role.is_server and (is_lost or of.begins_at == inf)
+        return of.role.is_server and (is_lost or of.deaths.are_final)
 
-    def _fork(self, run: Callable[[socket.socket], int]) -> NodeProcess:
+    def _fork(self, name: str, run: Callable[[socket.socket], int]) -> NodeProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for each in (ours, theirs):
             each.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MOST_BYTES)
@@ -238,7 +229,7 @@ class Agent:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
             return NodeProcess(pid, ours)
-        become_child(agent, signal.SIGKILL)
+        become_child(agent, name, signal.SIGKILL)
         for number in ENDINGS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGHUP})  # which waits for a handler
@@ -275,9 +266,9 @@ class Agent:
         for pid, code in ended_processes():
             if pid == self._relay.pid:
                 self._relay.pipe.close()
-                self._relay = self._fork(self._talk)
+                self._relay = self._fork("relay", self._talk)
             elif pid == self._admin.pid and code < 0:  # it ends by itself where it cannot listen, or is not to
-                self._admin = self._fork(self._administer)
+                self._admin = self._fork("admin server", self._administer)
             for each in self._roles.values():
                 if each.process is not None and each.process.pid == pid:
                     self._note_end(each, each.process, code)
@@ -288,12 +279,9 @@ class Agent:
         self._has_failed |= process.is_ending and code != 0 and self._stops > 0
         if self._stops or of.has_ended:
             return
-        of.deaths.append(time.monotonic())
-        how = f"was killed by {signal_name(-code)}" if code < 0 else f"ended with status {code}"
-        reason = f"its {'server' if of.role.is_server else 'copy'} {how}"
-        if gives_up := of.begins_at == inf:
-            reason += f", {MOST_RESTARTS} restarts within a minute have not helped"
-        self.launch.log.error("failed" if gives_up else "restarting", shard=of.role.shard, reason=reason)
+        why = of.deaths.add()
+        reason = f"its {'server' if of.role.is_server else 'copy'} {how_ended(code)}{why}"
+        self.launch.log.error("failed" if why else "restarting", shard=of.role.shard, reason=reason)
 
     # Signals.
 
@@ -330,7 +318,7 @@ class Agent:
             self._kill(each)
         if self._stops > 1:
             return 130
-        return int(self._has_failed or any(each.begins_at == inf for each in self._roles.values()))
+        return int(self._has_failed or any(each.deaths.are_final for each in self._roles.values()))
 
     # What the forked processes do.
 

@@ -171,7 +171,7 @@ class ProcessExecutor:
             signal.set_wakeup_fd(-1)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)  # the server says when it is over
-            end_with_parent(server, signal.SIGKILL)
+            end_with_parent(server, signal.SIGKILL, "instep step")
             _close_all_but(0, 1, 2, commands, outcomes)
             runs = _Commands(commands, busy_poll_ns)
             while commands_read := runs.read():

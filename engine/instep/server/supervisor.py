@@ -17,7 +17,7 @@ from typing import Final
 
 import structlog
 
-from instep.interrupts import end_with_parent, signal_name
+from instep.interrupts import end_with_parent, how_ended
 
 MOST_RESTARTS: Final = 5
 WITHIN_S: Final = 60.0
@@ -26,6 +26,35 @@ _LONGEST_PAUSE_S: Final = 30.0
 _FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _COULD_NOT_START: Final = 2
 """The exit status of `instep serve`."""
+
+
+class Deaths:
+    """When a process died: with each death it starts later again, and after too many within a minute never."""
+
+    def __init__(self) -> None:
+        self._at: deque[float] = deque(maxlen=MOST_RESTARTS + 1)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def add(self) -> str:
+        """Note a death, and return what to add to its reason if it was one too many."""
+        self._at.append(time.monotonic())
+        return f", {MOST_RESTARTS} restarts within a minute have not helped" if self.are_final else ""
+
+    @property
+    def are_final(self) -> bool:
+        """Whether there were too many."""
+        return len(self._recent()) > MOST_RESTARTS
+
+    @property
+    def are_over(self) -> bool:
+        """Whether it may start now: the pauses grow."""
+        recent = self._recent()
+        return len(recent) < 2 or (not self.are_final and time.monotonic() > recent[-1] + len(recent) / 2)
+
+    def _recent(self) -> list[float]:
+        return [at for at in self._at if at > self._at[-1] - WITHIN_S]
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +72,7 @@ class Child:
     """The exit status, or 128 + N if signal N killed it; None while it is to run."""
     pause_s: float = 0.0
     """The time for which the next process waits before it starts."""
-    deaths: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_RESTARTS + 1))
+    deaths: Deaths = field(default_factory=Deaths)
 
 
 def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Child:
@@ -73,7 +102,7 @@ def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Chi
             if child.status is None and not child.pid:
                 child.pid = os.fork()
                 if not child.pid:
-                    become_child(supervisor)
+                    become_child(supervisor, child.name)
                     signal.pthread_sigmask(signal.SIG_SETMASK, before)
                     time.sleep(child.pause_s)
                     return child
@@ -97,11 +126,11 @@ def supervise(children: Sequence[Child], given_up: Callable[[int], None]) -> Chi
     raise SystemExit(_COULD_NOT_START if _COULD_NOT_START in statuses else min(statuses, default=0))
 
 
-def become_child(parent: int, by: signal.Signals = signal.SIGTERM) -> None:
-    """Give a process that was just forked its own process group, and let this signal end it when its parent dies."""
+def become_child(parent: int, name: str, by: signal.Signals = signal.SIGTERM) -> None:
+    """Give a process that was just forked a name and a process group, and let a signal end it when its parent dies."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # the log may go to a terminal that this group does not own
-    end_with_parent(parent, by)
+    end_with_parent(parent, by, f"instep {name.removeprefix('the ')}")
 
 
 def ended_processes() -> Iterator[tuple[int, int]]:
@@ -117,7 +146,7 @@ def ended_processes() -> Iterator[tuple[int, int]]:
 def _bury(child: Child, code: int, is_ending: bool, heard: set[signal.Signals], *, is_only: bool) -> None:
     """Decide whether a child that has ended is started again: if so, it has neither a status nor a process."""
     child.pid, child.status = 0, code if code >= 0 else 128 - code
-    is_tried_again = code == _COULD_NOT_START and child.deaths and not is_ending
+    why, is_tried_again = "", code == _COULD_NOT_START and child.deaths and not is_ending
     if (code >= 0 and not is_tried_again) or (is_ending and -code in heard):  # a second one, when it had drained
         if code and not (is_only or is_ending or child.is_helper):
             child.log.error("failed", reason=f"{child.name} ended with status {code}; the others go on")
@@ -126,11 +155,9 @@ def _bury(child: Child, code: int, is_ending: bool, heard: set[signal.Signals], 
         child.pause_s = min(_LONGEST_PAUSE_S, 2 * child.pause_s or 1.0)
     else:
         child.pause_s = 0.0
-        child.deaths.append(time.monotonic())
-    reason = f"{child.name} {'could not start again' if code > 0 else f'was killed by {signal_name(-code)}'}"
-    gives_up = len(child.deaths) > MOST_RESTARTS and child.deaths[-1] - child.deaths[0] < WITHIN_S
-    if is_ending or gives_up:
-        why = f", {MOST_RESTARTS} restarts within a minute have not helped" if gives_up else ""
+        why = child.deaths.add()
+    reason = f"{child.name} {'could not start again' if code > 0 else how_ended(code)}"
+    if is_ending or why:
         child.log.error("failed", reason=reason + why)
         child.status = child.status if is_only else 1
     else:
