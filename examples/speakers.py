@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None, epochs: int = EPOCHS) -> int:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FOLDER", help="where to write the model, or replace it"
     )
-    out: Path = parser.parse_args(arguments).out
+    out: Path = parser.parse_args(arguments).output
     prepare()
 
     def progress(epoch: int, loss: float) -> None:
