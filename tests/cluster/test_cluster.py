@@ -283,9 +283,7 @@ async def test_what_a_node_refuses_and_shows(tmp_path: Path) -> None:
 
         stranger = ClusterNode(cluster, "stranger", free_port)  # whose key nobody knows
         stranger.start()
-        while "waits for the directory" not in stranger.log():
-            await asyncio.sleep(0.05)
-        stranger.kill()
+        assert await asyncio.to_thread(stranger.wait) == 2
         cluster.kill_directory()
         while "waits for the directory" not in cluster.nodes[0].log():
             await asyncio.sleep(0.05)
