@@ -35,6 +35,7 @@ print([name for name in ("numpy", "zmq", "msgpack", "asyncio") if name in sys.mo
 
 
 def test_everything_it_names_is_there() -> None:
+    assert dir(instep_client) == instep_client.__all__
     for name in instep_client.__all__:
         assert getattr(instep_client, name).__name__ == name
     assert instep_client.protocol.errors.InstepError is instep_client.InstepError
