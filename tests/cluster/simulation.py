@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 from instep.cluster.rules import Assignments, ClusterRefused, NodeReport, ShardRole
@@ -57,6 +57,9 @@ class Rule(enum.Enum):
     BACK = "9, second half: it answers only once its former copy is dropped"
     MORE = "9: of recording and copy, the one that has more continues"
     HIGHEST = "10: a client follows no table and stays with no server of a lower term"
+    KNOWN = "11, first half: a node follows no directory with fewer changes than it has heard of"
+    PROVED = "11, second half: a report that proves the store old ends the directory"
+    SETTLED = "12: no server begins before the nodes of the store had time to be heard"
 
 
 class Broken(Exception):
@@ -255,6 +258,9 @@ class Directory:
     def __init__(self, world: World) -> None:
         self.world, self.machine = world, Machine("directory")
         self.kept: dict[str, dict[str, Any]] = {}
+        self.backup: dict[str, dict[str, Any]] = {}
+        self.adopt: tuple[str, ...] = ()
+        """With what it is started, again and again; once there is a store, this changes nothing."""
         self.fails_until = 0.0
         self.process = Process(world.clock, self.machine)
         self.restart()
@@ -263,9 +269,22 @@ class Directory:
         self.process.is_alive = False
         stored = self.kept if Rule.STORED not in self.world.broken else {}
         self.fails_until = 0.0
-        self.rules = Assignments(self.world.shards, self._store, stored, dead_s=DEAD_S, **self.world.settings)
+        settings = {"dead_s": DEAD_S, "adopt": self.adopt, **self.world.settings}
+        self.rules = Assignments(self.world.shards, self._store, stored, **settings)
         self.process = Process(self.world.clock, self.machine)
         self.process.start(self._decide())
+
+    def restart_on(self, stored: dict[str, dict[str, Any]]) -> None:
+        """What an operator should not do. Where no server may begin after that, the operator reads why, and adopts."""
+        self.kept = dict(stored)
+        self.restart()
+        self.world.clock.at(3.0, self.machine, self._adopt)
+
+    def _adopt(self) -> None:
+        if not self.process.is_alive or not any(view.term for view in self.rules.shards):
+            self.kept, self.adopt = {}, tuple(node.name for node in self.world.nodes)
+            self.restart()
+            self.world.clock.seen["stores adopted"] += 1
 
     def _store(self, key: str, row: Mapping[str, Any]) -> None:
         fails, chance = self.world.clock.now < self.fails_until, self.world.clock.random
@@ -281,13 +300,16 @@ class Directory:
             await self.process.sleep(0.1)
 
     def try_to(self, act: Callable[[], Any], reply: Reply = lambda _: None) -> None:
-        with suppress(OSError):
-            reply((act(),))
+        if self.process.is_alive:
+            with suppress(OSError):
+                reply((act(),))
 
     def answer(self, what: str, shard: int, term: int, of: Any, reply: Reply) -> None:
         """Answer a server."""
         if Rule.ATTEMPT in self.world.broken and what in ("attached", "dropped"):
             of = self.rules.shards[shard].attempt
+        if not self.rules.is_settled and Rule.SETTLED not in self.world.broken:
+            return
         self.try_to(lambda: getattr(self.rules, what)(shard, term, of), reply)
 
     def hear(self, report: NodeReport, said: list[tuple[str, tuple[Any, ...]]], reply: Reply) -> None:
@@ -297,12 +319,14 @@ class Directory:
             self.rules.heard(report, self.world.clock.now)
             for what, of in said:
                 getattr(self.rules, what)(*of)
-            return self.rules.roles(report.name), self.rules.table()
+            return self.rules.revision, self.rules.roles(report.name), self.rules.table()
 
         try:
             self.try_to(take, lambda answer: reply(answer[0]))
-        except ClusterRefused:
+        except ClusterRefused as error:
             self.world.clock.seen["agents refused"] += 1
+            if error.code == "OLD_STORE" and Rule.PROVED not in self.world.broken:
+                self.process.is_alive = False
 
 
 @dataclass
@@ -329,6 +353,7 @@ class Node(Machine):
         self.attempts: dict[int, tuple[int, int]] = {}
         """The newest attempt that a copy here has seen; on disk, too."""
         self.boot = 0
+        self.backup: tuple[dict[int, Recording], dict[int, tuple[int, int]]] = ({}, {})
         self.unfenced: dict[int, Holder] = {}
         self.agent = Agent(self)
 
@@ -347,6 +372,11 @@ class Node(Machine):
         for recording in self.disk.values():
             recording.rows = [row for row in recording.rows if row[0] <= limit]
 
+    def back_up(self) -> None:
+        """Copy the disk, to be put back one day."""
+        recordings = {shard: replace(each, rows=[*each.rows]) for shard, each in self.disk.items()}
+        self.backup = recordings, dict(self.attempts)
+
     def write(self, shard: int, row: Row) -> None:
         self.disk[shard].rows.append((self.world.clock.now, row))
 
@@ -362,7 +392,7 @@ class Agent(Process):
         self.children: dict[int, Server | Holder] = {}
         self.ended: set[tuple[int, int]] = set()
         self.gone: set[tuple[int, int]] = set()
-        self.has = {shard: recording.position for shard, recording in node.disk.items()}
+        self.revision = 0
         self.start(self._live())
 
     def kill(self) -> None:
@@ -374,14 +404,20 @@ class Agent(Process):
         while True:
             self.make_so()
             answer = await self._say()
-            if answer is not None:
-                self.roles, self.table = {role.shard: role for role in answer[0]}, answer[1]
+            if answer is not None and (answer[0] >= self.revision or Rule.KNOWN in self.world.broken):
+                self.revision, self.table = answer[0], answer[2]
+                self.roles = {role.shard: role for role in answer[1] if self._may_have(role)}
                 self.make_so()
-                await self.sleep(HEARTBEAT_S)
+            await self.sleep(HEARTBEAT_S if answer is not None else 0.0)
+
+    def _may_have(self, role: ShardRole) -> bool:
+        own = self.node.disk.get(role.shard)
+        return own is None or own.term <= role.term
 
     def _say(self) -> Promise:
         directory, name = self.world.directory, self.node.name
-        report = NodeReport(name, f"{name}:1", has=self.has)
+        has = {shard: recording.position for shard, recording in self.node.disk.items()}
+        report = NodeReport(name, f"{name}:1", has=has, revision=self.revision)
         said: list[tuple[str, tuple[Any, ...]]] = [
             ("serves", (shard, child.term, name, f"tcp://{name}:{FIRST_PORT + shard}"))
             for shard, child in self.children.items()
@@ -401,7 +437,6 @@ class Agent(Process):
                 child.is_alive = False
             if not child.is_alive:
                 del self.children[shard]
-                self.has = {shard: recording.position for shard, recording in self.node.disk.items()}
         self.gone.clear()
         for shard, role in self.roles.items():
             child_now = self.children.get(shard)
@@ -892,10 +927,16 @@ class World:
     def fault(self) -> None:
         """Something happens."""
         clock, chance = self.clock, self.clock.random
+        if chance.random() < 0.1:
+            self.directory.backup = dict(self.directory.kept)
+            chance.choice(self.nodes).back_up()
         node, rules = chance.choice(self.nodes), self.directory.rules
         kind = chance.choices(
-            ("process", "node", "freeze", "cut", "directory", "store", "move", "drain", "power", "disk"),
-            (25, 10, 20, 20, 6, 3, 6, 3, 3, 2),
+            (
+                *("process", "node", "freeze", "cut", "directory", "store", "move", "drain", "power", "disk"),
+                *("old disk", "own network", "old store", "no row", "no store"),
+            ),
+            (25, 10, 20, 20, 6, 3, 6, 3, 3, 2, 2, 3, 2, 2, 2),
         )[0]
         if kind == "process":
             children = [child for each in self.nodes for child in each.agent.children.values()]
@@ -918,11 +959,27 @@ class World:
             self._operate(lambda: rules.move(chance.randrange(self.shards), node.name))
         elif kind == "drain":
             self._operate(lambda: (rules.undrain if node.name in rules.drained else rules.drain)(node.name))
+        elif kind == "own network":
+            for each in self.nodes:
+                self.cut(each, self.directory.machine, chance.uniform(0.3, 5.0))
+        elif kind.split()[-1] in ("store", "row"):
+            heard = {each.agent.revision for each in self.nodes if each.agent.is_alive}
+            if heard != {rules.revision} or not all(map(self._has_second_places, self.nodes)):
+                return
+            self.calm(3 * DEAD_S)
+            missing = f"shard-{chance.randrange(self.shards)}"
+            there = {key: row for key, row in self.directory.kept.items() if key != missing}
+            self.directory.restart_on({"old store": self.directory.backup, "no row": there, "no store": {}}[kind])
+            if chance.random() < 0.5:
+                node.kill(0.1)  # which has forgotten what it has heard
         elif self._has_second_places(node):
             # only a second failure in these seconds could lose what was answered, and that is not promised
             self.calm(3 * DEAD_S)
             if kind == "power":
                 node.lose_moments(chance.uniform(0.0, 0.5))
+            elif kind == "old disk":
+                node.disk, node.attempts = node.backup
+                node.back_up()
             else:
                 node.disk.clear()
                 node.attempts.clear()
@@ -933,7 +990,8 @@ class World:
 
     def _operate(self, act: Callable[[], object]) -> None:
         try:
-            act()
+            if self.directory.process.is_alive:
+                act()
         except (ClusterRefused, OSError):
             self.clock.seen["operators refused"] += 1
 
@@ -967,6 +1025,7 @@ def simulate(seed: int, broken: frozenset[Rule] = frozenset(), seconds: float = 
         if world.clock.random.random() < 0.35 and not world.clock.is_calm:
             world.fault()
     world.calm()
+    world.run(5.0)  # perhaps an operator adopts what is there
     for name in world.directory.rules.drained:
         world.directory.rules.undrain(name)
     world.run(2 * DEAD_S)

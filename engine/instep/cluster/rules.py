@@ -454,10 +454,9 @@ class Assignments:
     # Changes.
 
     def _change(self, shard: int, event: str, **changes: Any) -> Assignment:
-        self.revision += 1
-        view = self.shards[shard]._replace(event=event, revision=self.revision, **changes)
+        view = self.shards[shard]._replace(event=event, revision=self.revision + 1, **changes)
         self.store(f"shard-{shard}", view._asdict())  # nothing is changed if this fails
-        self.shards[shard] = view
+        self.shards[shard], self.revision = view, view.revision
         self.version += 1
         return view
 
