@@ -39,6 +39,8 @@ _PLAIN: Final = {
 
 
 FORMER: Final = {
+    "cluster down": "cluster ray down",
+    "cluster up": "cluster ray up",
     "config": "doctor --settings",
     "help": "--help",
     "version": "--version",

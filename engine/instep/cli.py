@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from instep import interrupts
-from instep.cluster.app import DIRECTORY_ENDPOINT, DirectoryAt, OnEngine
+from instep.cluster.app import DIRECTORY_ENDPOINT, DirectoryAt, ray_app
 from instep.cluster.app import app as cluster_app
 from instep.model_app import app as model_app
 from instep.replay.app import ModelFolder
@@ -197,16 +197,15 @@ def serve(
         raise typer.Exit(run(loaded, reread=read, restart=restart))
 
 
-@cluster_app.command(
+@ray_app.command(
     examples=[
-        "instep cluster up /srv/ears --on ray --shards 8 --record /var/lib/instep",
+        "instep cluster ray up /srv/ears --shards 8 --record /var/lib/instep",
     ]
 )
 @partial(takes_settings, without=("demo", "endpoint", "http", "device", "verify_live"))
 def up(
     given: Given,
     *,
-    on: OnEngine,
     shards: ShardCount,
     copies: CopyCount = 1,
     adopt: Adopt = "",
@@ -214,7 +213,7 @@ def up(
     """Begin a cluster: the directory on Ray's head, and an agent on each node that has the resource `instep`.
 
     Folders and files are those of the nodes, and each node records in the folder of its name in that of --record. Nodes
-    that join later get an agent, too. Exit status 0: it has begun, and `instep cluster status --on ray` shows when
+    that join later get an agent, too. Exit status 0: it has begun; `instep cluster status --directory ray` shows when
     every shard is served. 2: it has not.
     """
     from instep.cluster.ray import up

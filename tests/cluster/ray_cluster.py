@@ -99,12 +99,12 @@ class RayCluster(Cluster):
                 actor.kill()
 
     def up(self) -> subprocess.CompletedProcess[str]:
-        """`instep cluster up`."""
+        """`instep cluster ray up`."""
         settings = {"transport.allow_plaintext": "true", "http.endpoint": "off", "cluster.dead_s": str(DEAD_S)}
         settings |= {"recording.recovery_target_s": "0.05", "cluster.copy_timeout_s": "1"}
         settings |= {"log.file": str(self.folder / "cluster.log")}
         return self.run(
-            *("up", str(self.folder / "model"), "--record", str(self.folder / "recordings")),
+            *("ray", "up", str(self.folder / "model"), "--record", str(self.folder / "recordings")),
             *(f"--shards={self.shards}", f"--copies={self.copies}"),
             *(f"--set={key}={text}" for key, text in settings.items()),
             *self.arguments,
@@ -112,7 +112,7 @@ class RayCluster(Cluster):
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """A command of `instep cluster`, on Ray."""
-        command = [sys.executable, "-m", "instep", "cluster", *arguments, "--on", "ray"]
+        command = [sys.executable, "-m", "instep", "cluster", *arguments]
         environment = {**os.environ, "RAY_ADDRESS": self.ray.address}
         return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=100, check=False)
 

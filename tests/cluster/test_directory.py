@@ -266,6 +266,8 @@ def test_operators_see_shards_and_nodes_and_change_what_they_may(tmp_path: Path)
         assert {shard["endpoint"] for shard in found["shards"]} == {"tcp://a:1", "tcp://b:1"} <= {*shown.split()}
         assert max(map(len, shown.splitlines())) <= 80
         nodes.until(lambda roles: True, "a", "b")
+        nodes.until(lambda _: command(directory, "status", "--check").exit_code == 1, "a", "b")  # without copies
+        assert command(directory, "status").exit_code == 0
         asked = ("drain a", "drain nobody", "undrain a", "undrain a", "move 7 a", "accept-loss 0 a")
         assert [command(directory, *each.split()).exit_code for each in asked] == [0, 2, 0, 2, 2, 2]
 
@@ -279,6 +281,30 @@ def test_a_lost_node_is_shown_until_it_is_drained(tmp_path: Path) -> None:
         nodes.until(lambda _: alive(directory) == {"a": True, "b": True}, "a", "b")
         nodes.say("c")
         assert alive(directory)["c"]
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_a_drain_may_wait_until_nothing_is_left_that_another_node_can_take(
+    monkeypatch: pytest.MonkeyPatch, nodes: int
+) -> None:
+    idle = {"shard": 7, "server": "n0", "copy": "n1", "joining": "", "target": ""}
+    served, moving = idle | {"server": "n2"}, idle | {"target": "n2"}
+    seen = [[served], [idle, moving], [idle | {"copy": "n2"}], [idle]]
+    names = ("n0", "n2", "n1")[:nodes]
+    there = [{"node": name, "alive": True, "drained": name == "n2"} for name in names]
+    answers = [None, *({"nodes": there, "shards": each} for each in seen)]
+    asked: list[str] = []
+
+    def ask(directory: str, verb: str, *arguments: Any) -> Any:
+        asked.append(verb)
+        return answers.pop(0)
+
+    monkeypatch.setattr("instep.cluster.app._ask", ask)
+    monkeypatch.setattr("instep.cluster.app._LOOK_S", 0.0)
+    result = CliRunner().invoke(app, ["cluster", "drain", "n2", "--wait"])
+    assert (result.exit_code, result.stdout.splitlines()[-1]) == (0, "n2 may be stopped")
+    # With no second node for the copy, it stays: nothing is gained by waiting for it.
+    assert asked == ["drain", *["status"] * (4 if nodes == 3 else 3)]
 
 
 def alive(directory: Directory) -> dict[str, bool]:

@@ -18,7 +18,7 @@ from instep_client import AsyncClient
 from tests.cluster.cluster import ClusterLoad
 from tests.cluster.ray_cluster import RayCluster
 
-UP = ("cluster", "up", "--on", "ray", "--shards", "2")
+UP = ("cluster", "ray", "up", "--shards", "2")
 PLAIN = ("--set", "transport.allow_plaintext=true")
 
 
@@ -66,7 +66,7 @@ async def test_programs_actors_and_nodes_end_and_no_output_is_lost(tmp_path: Pat
             cluster.kill_directory()
             await load.progress()
             await cluster.until_whole()
-            assert (await asyncio.to_thread(cluster.run, "status")).returncode == 0
+            assert (await asyncio.to_thread(cluster.run, "status", "--directory", "ray")).returncode == 0
 
             cluster.kill_actor(cluster.nodes[1].processes(), "agent")
             await load.progress()
@@ -80,9 +80,11 @@ async def test_programs_actors_and_nodes_end_and_no_output_is_lost(tmp_path: Pat
             cluster.nodes[0].start()
             await cluster.until_whole()
 
-            assert (await asyncio.to_thread(cluster.run, "down")).returncode == 0
+            assert (await asyncio.to_thread(cluster.run, "ray", "down")).returncode == 0
             assert cluster.programs() == []
-            assert (await asyncio.to_thread(cluster.run, "status")).returncode == 2  # it is not up
+            assert (
+                await asyncio.to_thread(cluster.run, "status", "--directory", "ray")
+            ).returncode == 2  # it is not up
             assert (await asyncio.to_thread(cluster.up)).returncode == 0
             await load.progress()
             load.stop()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Any, Final, Literal
+import time
+from typing import Annotated, Any, Final
 
 import typer
 
 from instep_tools.command_line import CommandLine, KeyFile, ServerKey
 
 DIRECTORY_ENDPOINT: Final = "127.0.0.1:5750"
+_LOOK_S: Final = 0.5
 
 app = CommandLine(help="Serve shards on several machines, each with a copy on another one.")
 
@@ -18,11 +20,8 @@ Node = Annotated[str, typer.Argument(metavar="NODE", help="The name of the node.
 DirectoryAt = Annotated[
     str, typer.Option("--directory", envvar="INSTEP_DIRECTORY", metavar="HOST:PORT", help="Where the directory is.")
 ]
-OnEngine = Annotated[Literal["ray"], typer.Option("--on", help="Where: a Ray cluster, at RAY_ADDRESS or here.")]
-Started = Annotated[
-    Literal["ray"] | None,
-    typer.Option("--on", help="Find the directory of `instep cluster up`, instead of --directory."),
-]
+ray_app = CommandLine(help="Begin and end a cluster on Ray, at RAY_ADDRESS or on this machine.")
+app.add_typer(ray_app, name="ray")
 
 
 @app.callback()
@@ -31,22 +30,19 @@ def _set_keys(key_file: KeyFile = None, server_key: ServerKey = None) -> None:
     os.environ |= {name: value for name, value in given.items() if value}
 
 
-@app.command(examples=["instep cluster status", "instep cluster status --directory 10.0.0.1:5750 --json"])
+@app.command(examples=["instep cluster status", "instep cluster status --directory 10.0.0.1:5750 --check"])
 def status(
     directory: DirectoryAt = DIRECTORY_ENDPOINT,
-    on: Started = None,
+    check: Annotated[bool, typer.Option("--check", help="End with 1 also while a shard has no copy.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
     """Show where every shard is served, where its copy is, and what is wrong.
 
-    Exit status 0: every shard is served. 1: one is not. 2: the directory did not answer.
+    `--directory ray` finds the directory of `instep cluster ray up`. Exit status 0: every shard is served. 1: one is
+    not. 2: the directory did not answer.
     """
     from instep_tools.terminal import Terminal
 
-    if on == "ray":
-        from instep.cluster.ray import find_directory
-
-        directory = find_directory()
     found, terminal = _ask(directory, "status"), Terminal(json)
     if json:
         terminal.result(found)
@@ -70,7 +66,8 @@ def status(
             for each in found["nodes"]
         ]
         terminal.table(("node", "address", "servers", "copies", ""), nodes, slice(2, 4))
-    raise typer.Exit(int(any(shard["problem"] for shard in found["shards"])))
+    is_well = not any(shard["problem"] or (check and shard["alone_s"]) for shard in found["shards"])
+    raise typer.Exit(int(not is_well))
 
 
 def _joining(shard: dict[str, Any]) -> str:
@@ -99,14 +96,35 @@ def move(shard: ShardNumber, node: Node, directory: DirectoryAt = DIRECTORY_ENDP
     typer.echo(f"shard {shard} moves to {node}: see instep cluster status")
 
 
-@app.command(examples=["instep cluster drain n2"])
-def drain(node: Node, directory: DirectoryAt = DIRECTORY_ENDPOINT) -> None:
+@app.command(examples=["instep cluster drain n2", "instep cluster drain n2 --wait"])
+def drain(
+    node: Node,
+    directory: DirectoryAt = DIRECTORY_ENDPOINT,
+    wait: Annotated[bool, typer.Option("--wait", help="End only when the node may be stopped.")] = False,
+) -> None:
     """Move all servers and copies away from a node, one after another, so that it can be stopped.
 
-    Exit status 0: it has begun; `instep cluster status` shows when nothing is left. 2: there is no such node.
+    Exit status 0: it has begun; with --wait, the node may be stopped. 2: there is no such node.
     """
     _ask(directory, "drain", node)
     typer.echo(f"{node} is being drained: see instep cluster status")
+    if wait:
+        said = ""
+        while left := _left_on(node, _ask(directory, "status")):
+            if left != said:
+                typer.echo(said := left)
+            time.sleep(_LOOK_S)
+        typer.echo(f"{node} may be stopped")
+
+
+def _left_on(node: str, found: dict[str, Any]) -> str:
+    """The shards that cannot do without a node; a copy stays there while no other node can take it."""
+    others = [each for each in found["nodes"] if each["alive"] and not each["drained"] and each["node"] != node]
+    served = [str(each["shard"]) for each in found["shards"] if each["server"] == node]
+    moving = [str(each["shard"]) for each in found["shards"] if node in (each["joining"], each["target"])]
+    copied = [str(each["shard"]) for each in found["shards"] if each["copy"] == node and len(others) > 1]
+    parts = {"served": served, "copied": copied, "on their way": moving}
+    return "; ".join(f"shards still {what} there: {', '.join(shards)}" for what, shards in parts.items() if shards)
 
 
 @app.command(examples=["instep cluster undrain n2"])
@@ -128,9 +146,9 @@ def accept_loss(shard: ShardNumber, node: Node, directory: DirectoryAt = DIRECTO
     _ask(directory, "accept_loss", shard, node)
 
 
-@app.command(examples=["instep cluster down --on ray"])
-def down(on: OnEngine) -> None:
-    """End what `instep cluster up` began: agents with their servers in order, then the directory.
+@ray_app.command(examples=["instep cluster ray down"])
+def down() -> None:
+    """End what `instep cluster ray up` began: agents with their servers in order, then the directory.
 
     Recordings and the directory's store are kept. Exit status 0: nothing is left. 2: there is no Ray.
     """
@@ -144,6 +162,10 @@ def _ask(directory: str, verb: str, *arguments: Any) -> Any:
     from instep_client.key_files import read_client_keys
     from instep_tools.problems import CommandProblem
 
+    if directory == "ray":
+        from instep.cluster.ray import find_directory
+
+        directory = find_directory()
     directory = directory.removeprefix("tcp://")
     keys = read_client_keys(None, None)
     caller = Caller(f"tcp://{directory}", keys)

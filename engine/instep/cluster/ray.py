@@ -141,7 +141,7 @@ def up(config: Config, shards: int, copies: int, adopt: str) -> str:
         actor = ray.remote(DirectoryActor).options(**options).remote(address, arguments, config.model_dump_json())
         ray.get(actor.__ray_ready__.remote())
     except ValueError:
-        raise CommandProblem("a cluster is up: end it first, with instep cluster down --on ray") from None
+        raise CommandProblem("a cluster is up: end it first, with instep cluster ray down") from None
     except ray.exceptions.RayError as error:  # as where the head has no instep
         raise CommandProblem(f"Ray cannot start the directory: {error}") from None
     return address
@@ -172,7 +172,7 @@ def find_directory() -> str:
     """
     ray = _connect()
     if DIRECTORY not in ray.util.list_named_actors():
-        raise CommandProblem("no cluster is up: begin one with instep cluster up --on ray")
+        raise CommandProblem("no cluster is up: begin one with instep cluster ray up")
     return _directory_address(ray)
 
 

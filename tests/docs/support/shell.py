@@ -40,7 +40,7 @@ def run(command: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 def assert_exists(words: Sequence[str]) -> None:
     """Assert that a command exists, with each of its options."""
     assert Path(words[0]).name == "instep"
-    path = [word for word in words[1:3] if re.fullmatch("[a-z]+(-[a-z]+)*", word)]
+    path = [word for word in words[1:4] if re.fullmatch("[a-z]+(-[a-z]+)*", word)]
     help_text = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*path, "--help"])
     assert help_text.exit_code == 0, path
     for option in (word for word in words if word.startswith("--")):
