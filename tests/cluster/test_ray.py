@@ -1,4 +1,4 @@
-"""`instep cluster up` on Ray: what it refuses, and a cluster that loses programs, actors and a node under load."""
+"""`instep cluster ray up`: what it refuses, and a cluster that loses programs, actors and a node under load."""
 
 from __future__ import annotations
 
