@@ -17,7 +17,7 @@ from instep.program import app
 from tests.support.models import SMALL
 from tests.support.threaded import ThreadedServer
 
-ANY_PORT = ["--endpoint", "tcp://127.0.0.1:*", "--http", "127.0.0.1:0"]
+ANY_PORT = ["--set", "transport.endpoint=tcp://127.0.0.1:*", "--set", "http.endpoint=127.0.0.1:0"]
 
 
 def examined(*arguments: str) -> tuple[int, Any]:

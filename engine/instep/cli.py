@@ -367,7 +367,7 @@ def demo(
     "doctor",
     examples=["instep doctor my-model", "instep doctor --config instep.yaml --json", "instep doctor --settings"],
 )
-@takes_settings
+@partial(takes_settings, without=("demo", "endpoint", "http", "device", "verify_live"))  # --set gives the others
 def doctor_command(
     given: Given,
     *,
