@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from json import dumps
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +31,7 @@ from instep.recording.records import Checkpoint
 from instep.recording.segments import Closed, Mark, Opened, Segment
 from instep.replay.following import Follower, newest_state
 from instep.replay.replay import StateTable
-from instep_tools.terminal import say
+from instep_tools.terminal import progress, say
 from instep_tools.words import counted, finite
 
 COMPARED: Final = 0
@@ -67,9 +68,17 @@ def run(asked: Shadowing, console: Console) -> int:
         ModelError: when the candidate cannot be loaded, or its frames or outputs have another size.
         RecordingError: when the recording cannot be read.
     """
-    shadow = make_shadow(asked)
-    with suppress(Stopped):  # it ends then, and reports
-        _follow(shadow, asked.seconds)
+    errors, loading_since = Console(stderr=True), time.monotonic()
+    with progress(errors, "loading", inf, "s", lambda: time.monotonic() - loading_since):
+        shadow = make_shadow(asked)
+    seconds, since = inf if asked.seconds is None else asked.seconds, time.monotonic()
+
+    def found() -> str:
+        return f"{counted(shadow.frames, 'frame')} of {counted(shadow.following, 'stream')}"
+
+    # A signal ends it, and it reports.
+    with suppress(Stopped), progress(errors, "comparing", seconds, "s", lambda: time.monotonic() - since, found):
+        _follow(shadow, since + seconds)
     report = shadow.report()
     if not report.frames and shadow.unavailable is not None:
         raise shadow.unavailable
@@ -99,8 +108,7 @@ def make_shadow(asked: Shadowing) -> Shadow:
     return Shadow(asked.recording, network, warm_up, asked.share)
 
 
-def _follow(shadow: Shadow, seconds: float | None) -> None:
-    until = float("inf") if seconds is None else time.monotonic() + seconds
+def _follow(shadow: Shadow, until: float) -> None:
     is_all = shadow.follow()
     while not (is_all and shadow.is_finished) and (now := time.monotonic()) < until:
         if is_all:
@@ -202,6 +210,11 @@ class Shadow(Follower):
         self._largest = self._total = 0.0
         self._outputs = network.description.outputs
         self._bins: I64 = np.zeros(_BINS, np.int64)
+
+    @property
+    def frames(self) -> int:
+        """The number of frames compared so far."""
+        return self._frames
 
     @property
     def following(self) -> int:
