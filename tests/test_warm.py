@@ -22,10 +22,10 @@ from tests.support.warm import WarmProcess, run_instep, run_program
 
 def test_arguments_folder_environment_and_status_are_those_that_were_given(tmp_path: Path) -> None:
     write_model(tmp_path / "m", SMALL)
-    fine = run_instep(["model", "info", "m"], tmp_path)
+    fine = run_instep(["model", "check", "m"], tmp_path)
     assert (fine.returncode, fine.stderr) == (0, "")
     assert fine.stdout.startswith(f"{SMALL.name}: ")
-    wrong = run_instep(["model", "info", "gone"], tmp_path)
+    wrong = run_instep(["model", "check", "gone"], tmp_path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "gone" in wrong.stderr
     command = ["serve", "m", "--endpoint", "tcp://127.0.0.1:*", "--http", "off"]
