@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from instep_client.protocol.errors import InvalidInput as InvalidInput
     from instep_client.protocol.errors import MalformedMessage as MalformedMessage
     from instep_client.protocol.errors import Refused as Refused
+    from instep_client.protocol.errors import StepTimeout as StepTimeout
     from instep_client.protocol.errors import StreamEvicted as StreamEvicted
     from instep_client.protocol.errors import StreamRefused as StreamRefused
     from instep_client.protocol.wire import ServerInfo as ServerInfo
@@ -42,7 +43,7 @@ else:
         "frames": "TimedOutputs",
         "protocol.codes": "Code",
         "protocol.errors": "ClientClosed ConnectionFailed ConnectionRefused DataLoss FrameFailure FramesRefused "
-        "HandshakeFailed InstepError InvalidInput MalformedMessage Refused StreamEvicted StreamRefused",
+        "HandshakeFailed InstepError InvalidInput MalformedMessage Refused StepTimeout StreamEvicted StreamRefused",
         "protocol.wire": "ServerInfo",
         "replies": "ListedStream ServedModel",
         "states": "StreamSnapshot",

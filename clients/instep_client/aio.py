@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import time
@@ -14,7 +15,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, cast, ge
 import numpy as np
 import numpy.typing as npt
 
-from instep_client.arguments import Indices, counts, good_names, group_frames, row_indices
+from instep_client.arguments import Indices, check_time, counts, good_names, group_frames, row_indices
 from instep_client.connection import Call
 from instep_client.driver import Driver
 from instep_client.frames import TimedOutputs
@@ -24,6 +25,7 @@ from instep_client.protocol.codes import HAVE_ALL
 from instep_client.protocol.errors import (
     FramesRefused,
     InvalidInput,
+    StepTimeout,
     StreamEvicted,
     StreamRefused,
 )
@@ -158,20 +160,24 @@ class AsyncStream(StreamView):
     def _state(self, rows: U8) -> State:
         return as_state(rows, self._session.info.state, single=True)
 
-    async def step(self, x: npt.ArrayLike) -> F32:
+    async def step(self, x: npt.ArrayLike, timeout_s: float | None = None) -> F32:
         """Send a frame [features] or a chunk [T, features] and return its outputs, [outputs] or [T, outputs].
 
+        It waits for at most `timeout_s` seconds, by default for as long as there is a connection or hope for one.
+
         Raises:
+            StepTimeout: when the answer did not come in time; `sent` says whether the frames are applied nevertheless.
             FramesRefused: when some frames were not applied.
             InvalidInput: for another shape, or values that float32 cannot hold.
         """
-        call = self._session.step(self._handle, x)
-        await self._driver.until_woken(call)
-        return call.result().outputs
+        return (await self.step_timed(x, timeout_s)).outputs
 
-    async def step_timed(self, x: npt.ArrayLike) -> TimedOutputs:
+    async def step_timed(self, x: npt.ArrayLike, timeout_s: float | None = None) -> TimedOutputs:
         """Like `step`, but return the server's times too."""
-        return await self._driver.wait(self._session.step(self._handle, x))
+        check_time(timeout_s)
+        call = self._session.step(self._handle, x)
+        await self._driver.until_answered(call, timeout_s)
+        return call.result()
 
     async def send(self, x: npt.ArrayLike) -> None:
         """Send a frame or chunk without waiting for its outputs. Iterate over the stream to get them.
@@ -298,36 +304,49 @@ class AsyncGroup(GroupView):
     def _state(self, rows: Sequence[U8]) -> State:
         return as_state(self._gather(rows), self._parts[0].driver.session.info.state, single=False)
 
-    async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> F32:
+    async def step(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None, timeout_s: float | None = None) -> F32:
         """Send one frame for each stream [N, features], or T frames [T, N, features]; return outputs in the same form.
 
-        `rows` are the distinct indices of the N streams that take the step; None for all.
+        `rows` are the distinct indices of the N streams that take the step; None for all. `timeout_s` is as in
+        `AsyncStream.step`; after a StepTimeout some of the frames may have been sent, and `next_seqs` says which.
 
         Raises:
+            StepTimeout: when some answer did not come in time.
             FramesRefused: when some frames were not applied; its `outputs` contain the others'.
             StreamEvicted: when one of the streams has ended. If it ended after the call, `outputs` contain the others';
                 if it had ended before, `outputs` is None and nothing was sent. Leave the stream out with `rows`.
             InvalidInput: for another shape, bad rows, or values that float32 cannot hold.
         """
-        return (await self.step_timed(x, rows)).outputs
+        return (await self.step_timed(x, rows, timeout_s)).outputs
 
-    async def step_timed(self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None) -> TimedOutputs:
+    async def step_timed(
+        self, x: npt.ArrayLike, rows: npt.ArrayLike | None = None, timeout_s: float | None = None
+    ) -> TimedOutputs:
         """Like `step`, but return the server's times too."""
+        check_time(timeout_s)
         if len(self._parts) > 1:
-            return await self._step_shards(x, rows)
+            return await self._step_shards(x, rows, timeout_s)
         driver, _, handle = self._parts[0]
-        return await driver.wait(driver.session.step(handle, x, rows))
+        call = driver.session.step(handle, x, rows)
+        await driver.until_answered(call, timeout_s)
+        return call.result()
 
-    async def _step_shards(self, x: npt.ArrayLike, rows: npt.ArrayLike | None) -> TimedOutputs:
+    async def _step_shards(self, x: npt.ArrayLike, rows: npt.ArrayLike | None, timeout_s: float | None) -> TimedOutputs:
+        began = asyncio.get_running_loop().time()
         info = self._parts[0].driver.session.info
         taken = np.arange(len(self)) if rows is None else row_indices(rows, len(self))
         frames, prefix = group_frames(x, len(taken), info.features)
         shares = [(part, np.flatnonzero(np.isin(taken, part.where))) for part in self._parts]
         shares = [(part, columns) for part, columns in shares if len(columns)]
         calls = await all_of(
-            (driver, driver.session.step(handle, frames[:, columns], np.searchsorted(where, taken[columns])))
-            for (driver, where, handle), columns in shares
+            (
+                (driver, driver.session.step(handle, frames[:, columns], np.searchsorted(where, taken[columns])))
+                for (driver, where, handle), columns in shares
+            ),
+            lambda driver, call: driver.until_answered(call, timeout_s, began),
         )
+        if timeout_s is not None and any(isinstance(call.error, StepTimeout) for call in calls):
+            raise StepTimeout(timeout_s, any(call.sent or call.started for call in calls))
         outputs = np.empty((*frames.shape[:2], info.outputs), np.float32)
         errors = list[FramesRefused | StreamEvicted]()
         for (_, columns), call in zip(shares, calls, strict=True):

@@ -92,8 +92,9 @@ def row_indices(rows: npt.ArrayLike, count: int) -> Indices:
     raw = as_array(rows, "rows", "an array of indices")
     if raw.ndim != 1 or raw.size == 0 or raw.dtype.kind not in "iu":
         raise InvalidInput("rows must be a one-dimensional array of at least one integer index")
-    if int(raw.min()) < 0 or int(raw.max()) >= count:
-        raise InvalidInput(f"rows must be indices from 0 to {count - 1}")
+    wrong = raw[(raw < 0) | (raw >= count)]
+    if wrong.size:
+        raise InvalidInput(f"rows must be indices from 0 to {count - 1}, and {wrong[0]} is not")
     indices = raw.astype(np.int64)
     mark = np.zeros(count, np.bool_)
     mark[indices] = True
@@ -125,6 +126,12 @@ def check_settings(client: str, model: str, timeout_s: float, reconnect_s: float
         raise InvalidInput("timeout_s must be more than 0 seconds")
     if not reconnect_s >= 0:
         raise InvalidInput("reconnect_s must be 0 seconds or more")
+
+
+def check_time(timeout_s: float | None) -> None:
+    """Check the longest time of one call, in seconds; None for any time."""
+    if timeout_s is not None and not timeout_s > 0:
+        raise InvalidInput("timeout_s must be more than 0 seconds, or None for any time")
 
 
 def good_names(names: Sequence[str]) -> tuple[str, ...]:

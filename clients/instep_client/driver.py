@@ -21,6 +21,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from instep_client.arguments import EXAMPLES
 from instep_client.connection import MAX_REPLY_BYTES, OPEN, Call
+from instep_client.frames import StepCall
 from instep_client.key_files import ClientKeys
 from instep_client.protocol import wire
 from instep_client.protocol.errors import ClientClosed, ConnectionFailed, ConnectionRefused
@@ -149,6 +150,23 @@ class Driver:
         await self.until_woken(call)
         return call.result()
 
+    async def until_answered(self, call: StepCall, timeout_s: float | None, since: float | None = None) -> None:
+        """Wait until a step has ended: with StepTimeout after this time since now, or since a time of the loop."""
+        if timeout_s is None:
+            await self.until_woken(call)
+            return
+        due = (self._loop.time() if since is None else since) + timeout_s
+        timer = self._loop.call_at(due, self._time_out, call, timeout_s)
+        try:
+            await self.until_woken(call)
+        finally:
+            timer.cancel()
+
+    def _time_out(self, call: StepCall, timeout_s: float) -> None:
+        if not call.done:
+            call.time_out(timeout_s)
+            _wake(call)
+
     async def until_woken(self, call: Call[Any]) -> None:
         """Wait until the call has ended or was sent."""
         if call.done:
@@ -268,6 +286,8 @@ class Driver:
             session.advance(now)
             if self._monitor is not None and session.state is OPEN:
                 self._end_monitor(self.socket)
+                if session.attempts.number:
+                    _log.warning("connected again to %s", session.endpoint)
             if session.take_reconnect():
                 attempts = session.attempts
                 level = logging.WARNING if attempts.number == 1 else logging.INFO
@@ -297,9 +317,7 @@ class Driver:
 
     def _wake_tasks(self) -> None:
         for woken in self.session.outbox.take_woken():
-            waiter = woken.waiter
-            if waiter is not None and not waiter.done():
-                waiter.set_result(None)
+            _wake(woken)
 
     def _send(self, socket: zmq.Socket[bytes]) -> None:
         backlog = self.backlog
@@ -317,6 +335,12 @@ class Driver:
                 self._timer.cancel()
             self._timer_at = deadline
             self._timer = self._loop.call_later(max(0.0, deadline - now), self._on_timer)
+
+
+def _wake(woken: Call[Any] | StreamHandle) -> None:
+    waiter = woken.waiter
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
 
 
 def _why_handshake_failed(event: int, status: int, keys: ClientKeys | None, endpoint: str) -> tuple[str, bool]:

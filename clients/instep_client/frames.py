@@ -32,6 +32,7 @@ from instep_client.protocol.errors import (
     FramesRefused,
     InstepError,
     MalformedMessage,
+    StepTimeout,
     StreamEvicted,
 )
 from instep_client.protocol.wire import COLUMN, F32, MAX_BLOCK_STREAMS, U64, ServerInfo, pack_step
@@ -121,11 +122,17 @@ class StepCall(Call[TimedOutputs]):
 
     def cancel(self) -> None:
         """Drop unsent frames; see `Call.cancel`."""
-        self._queue.withdraw(self)
+        self._queue.withdraw(self, InstepError("the call was cancelled"))
+
+    def time_out(self, timeout_s: float) -> None:
+        """End it with StepTimeout and drop unsent frames."""
+        error = StepTimeout(timeout_s, self.sent or self.started)
+        self._queue.withdraw(self, error)
+        self.fail(error)
 
     @property
     def started(self) -> bool:
-        """Whether any frame was sent."""
+        """Whether any of several frames was sent."""
         return self.t > 0 or self.n > 0
 
     def cut(self, most_frames: int, most_columns: int, most_timesteps: int) -> None:
@@ -346,10 +353,10 @@ class SendQueue:
         request.handle.requests.append(request)
         self.go_on(request.handle)
 
-    def withdraw(self, call: StepCall) -> None:
-        """Drop the unsent frames of a cancelled call; the rest stays in flight."""
+    def withdraw(self, call: StepCall, error: InstepError) -> None:
+        """Drop the unsent frames of a call, which fails with this error if there are any; the rest stays in flight."""
         if call in call.handle.steps:
-            self._abort(call, InstepError("the call was cancelled"))
+            self._abort(call, error)
 
     def take(self, handle: StreamHandle) -> StepCall | None:
         """The next pipelined send that is done, in the order of the sends."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from asyncio.staggered import staggered_race
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from random import choice
@@ -39,8 +39,10 @@ _REFRESH_S: Final = 60.0
 """A client whose connections are all well asks for the table this often, so that its table does not grow old."""
 
 
-async def all_of(asked: Iterable[tuple[Driver, C]]) -> list[C]:
-    """Make all these calls, and wait until they have ended.
+async def all_of(
+    asked: Iterable[tuple[Driver, C]], wait: Callable[[Driver, C], Awaitable[None]] = Driver.until_woken
+) -> list[C]:
+    """Make all these calls, and `wait` until they have ended.
 
     If one of them cannot be made, or the waiting task is cancelled, all are cancelled.
     """
@@ -50,7 +52,7 @@ async def all_of(asked: Iterable[tuple[Driver, C]]) -> list[C]:
             made.append((driver, call))
             driver.wake()
         for driver, call in made:
-            await driver.until_woken(call)
+            await wait(driver, call)
     except BaseException:
         for driver, call in made:
             driver.session.cancel(call)

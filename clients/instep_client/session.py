@@ -522,7 +522,7 @@ class Session:
             self._is_new = False
             self._silence.ask()
         elif refusal.code is Code.HELLO_FIRST:
-            self.lose(f"the connection to {self.endpoint} broke, or the server there was restarted; connect again")
+            self.lose(f"the connection to {self.endpoint} broke, or the server there was restarted")
         elif (asked := self.outbox.unanswered.pop(number, None)) is not None:
             asked.request.refused(asked.part, refusal)
             if asked.request.done:

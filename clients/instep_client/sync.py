@@ -159,6 +159,7 @@ def blocking(verb: Callable[Concatenate[A, P], Coroutine[Any, Any, R]]) -> Calla
     def call(self: InThread[A], /, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._thread.run(verb(self._inner, *args, **kwargs))
 
+    _name_for_threads(call)
     return call
 
 
@@ -173,7 +174,23 @@ def opening(
 
     signature = inspect.signature(verb).replace(return_annotation=kind.__name__)
     call.__signature__ = signature  # type: ignore[attr-defined]  # what `help` shows
+    _name_for_threads(call)
     return call
+
+
+def _name_for_threads(method: Callable[..., object]) -> None:
+    method.__module__ = __name__
+    method.__qualname__ = method.__qualname__.removeprefix("Async")
+
+
+def explained_by(other: Callable[..., object]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator that takes a docstring from `aio.py`."""
+
+    def explain(method: Callable[P, R]) -> Callable[P, R]:
+        method.__doc__ = (other.__doc__ or "").replace("async with", "with")
+        return method
+
+    return explain
 
 
 class _ThreadHandle(InThread[H], Generic[H]):
@@ -263,6 +280,7 @@ class Client(InThread[AsyncClient]):
     works only in the process that created it.
     """
 
+    @explained_by(AsyncClient.__init__)
     def __init__(
         self,
         endpoint: str | None = None,
@@ -275,7 +293,6 @@ class Client(InThread[AsyncClient]):
         key_file: str | Path | None = None,
         server_key: str | Path | None = None,
     ) -> None:
-        """Nothing is sent before `connect` or `with`; the arguments are those of `AsyncClient`."""
         settings: dict[str, Any] = {"wait": wait, "key_file": key_file, "server_key": server_key}
         client = AsyncClient(endpoint, name, timeout_s, reconnect_s, model=model, **settings)
         super().__init__(LoopThread(client), client)

@@ -21,10 +21,11 @@ from instep_client import (
     ConnectionRefused,
     FramesRefused,
     InvalidInput,
+    StepTimeout,
     StreamEvicted,
     StreamRefused,
 )
-from tests.support.fake_server import INFO, FakeServer, reference
+from tests.support.fake_server import INFO, RING_INFO, FakeServer, reference
 
 X = np.arange(300, dtype=np.float32).reshape(100, 3)
 
@@ -143,6 +144,27 @@ async def test_a_cancelled_step_counts_as_sent(server: FakeServer) -> None:
         server.release()
         assert (await stream.step(X[1])).tolist() == reference(X[:2])[0][1].tolist()
         assert stream.next_seq == 2
+
+
+async def test_a_step_that_is_late_says_whether_its_frames_were_sent() -> None:
+    with FakeServer(RING_INFO) as server:
+        async with AsyncClient(server.endpoint) as client:
+            stream = await client.open("a")
+            assert (await stream.step(X[0], timeout_s=60)).tolist() == [3, 4]
+            server.rules.holding = True
+            with pytest.raises(StepTimeout) as late:
+                await stream.step(X[1], timeout_s=0.05)
+            assert (late.value.sent, stream.next_seq) == (True, 2)
+            with pytest.raises(StepTimeout) as late:
+                await stream.step(X[2:20], timeout_s=0.05)
+            assert (late.value.sent, stream.next_seq) == (True, 6), "the window is full with the first of these"
+            with pytest.raises(StepTimeout) as late:
+                await stream.step(X[6:10], timeout_s=0.05)
+            assert (late.value.sent, stream.next_seq) == (False, 6)
+            with pytest.raises(InvalidInput):
+                await stream.step(X[6], timeout_s=0)
+            server.release()
+            assert (await stream.step(X[6])).tolist() == reference(X[:7])[0][6].tolist()
 
 
 async def test_refusals_and_bad_input(server: FakeServer) -> None:

@@ -29,6 +29,7 @@ from instep_client import (
     ConnectionRefused,
     FramesRefused,
     HandshakeFailed,
+    StepTimeout,
     StreamEvicted,
     StreamRefused,
 )
@@ -348,6 +349,18 @@ async def test_a_cancelled_step_or_opening_of_two_shards_leaves_both_in_order() 
             while not all(Kind.CLOSE in server.rules.kinds for server in (first, other)):
                 await asyncio.sleep(0.01)
             await client.open_group(["b", OF_1 + "b"])
+            assert np.array_equal(await group.step(x[1:]), np.stack([reference(FRAMES)[0][1:]] * 2, 1))
+
+
+async def test_a_late_step_of_two_shards_keeps_what_one_of_them_did() -> None:
+    with fake_shards((0, 0), (1, 0)) as (first, other):
+        async with AsyncClient(first.endpoint) as client:
+            group = await client.open_group([OF_0, OF_1])
+            x = np.stack([FRAMES, FRAMES], 1)
+            with other.paused():
+                with pytest.raises(StepTimeout) as late:
+                    await group.step(x[0], timeout_s=0.2)
+                assert (late.value.sent, group.next_seqs.tolist()) == (True, [1, 1])
             assert np.array_equal(await group.step(x[1:]), np.stack([reference(FRAMES)[0][1:]] * 2, 1))
 
 

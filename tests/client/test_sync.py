@@ -48,6 +48,8 @@ def test_the_signatures_are_those_of_the_client_for_asyncio_but_for_what_is_retu
     for name, returned in (("open", "Stream"), ("open_group", "Group"), ("restore", "Stream")):
         signature, model = inspect.signature(getattr(Client, name)), inspect.signature(getattr(AsyncClient, name))
         assert (signature.parameters, signature.return_annotation) == (model.parameters, returned)
+    assert "reconnect_s:" in (inspect.getdoc(Client.__init__) or "")
+    assert Client.open.__module__ == Client.__module__
 
 
 def test_errors_reach_the_caller(server: FakeServer) -> None:

@@ -5,6 +5,7 @@
     ├── ConnectionFailed          nobody answers at the endpoint, or the server went away or was restarted
     │   ├── ConnectionRefused     nothing listens at the endpoint
     │   └── HandshakeFailed       the server and the client do not agree on keys
+    ├── StepTimeout               no answer came within the `timeout_s` of a call; `sent` says what became of its frames
     ├── ClientClosed              the client, stream or group was used after it was closed
     ├── InvalidInput              an argument of the wrong shape or kind; nothing was sent
     └── Refused                   the server answered with a code; `code` and `sentence` say why
@@ -47,6 +48,21 @@ class ConnectionRefused(ConnectionFailed, ConnectionRefusedError):
 
 class HandshakeFailed(ConnectionFailed):
     """The server wants a key, or does not know the client's, or is not the one whose key the client has."""
+
+
+class StepTimeout(InstepError, TimeoutError):
+    """No answer came within the `timeout_s` of a call. The stream goes on; `next_seq` is the seq of its next frame.
+
+    Attributes:
+        sent: whether frames were sent. Then they are applied, `next_seq` counts them, and their outputs are lost;
+            frames of the same call that were not sent yet never are. Otherwise nothing has changed.
+    """
+
+    def __init__(self, timeout_s: float, sent: bool) -> None:
+        end = "its frames were sent, and their outputs will be dropped" if sent else "nothing was sent"
+        super().__init__(f"no answer within {timeout_s:g} s: {end}; the stream continues with its next_seq")
+        self.timeout_s = timeout_s
+        self.sent = sent
 
 
 class ClientClosed(InstepError):

@@ -77,7 +77,8 @@ class Usage:
         """So many streams are about to be opened."""
         most = self.principal.quotas.streams
         if most is not None and (held := self.counts()[self.number]) + streams > most:
-            what = f"{held} open streams, parked and hibernating ones included, and its quota is {most}: close some"
+            asked = f"asked for {streams} more: {held} of {most} are used, parked and hibernating ones included"
+            what = f"a quota of {most} streams, and {asked}"
             raise self._refusal(Code.TOO_MANY_STREAMS, _RETRY_US, what)
 
     def check_unread(self, ask: Callable[[Any], None]) -> None:
