@@ -16,7 +16,7 @@ import zmq
 
 HELLO, OPEN, STEP, CLOSE, PING, RESUME, SHARDS = 1, 2, 3, 4, 5, 7, 16
 WELCOME, STEPPED, PONG, ERROR, GOODBYE, SHARDED = 65, 67, 69, 72, 73, 80
-HELLO_FIRST, BUSY, SHUTTING_DOWN = 4, 200, 204
+HELLO_FIRST, UNKNOWN_STREAM, BUSY, SHUTTING_DOWN = 4, 103, 200, 204
 context = zmq.Context()
 places = {}
 """Of each shard the highest term that was seen, and its endpoint."""
@@ -69,6 +69,8 @@ class Connection:
             elif about == mine:
                 if kind not in (WELCOME, SHARDED) and answer and answer[-1]:
                     column, timestep, code, _, expected = struct.unpack_from("<4IQ", answer[-1])
+                    if kind == STEPPED and code == UNKNOWN_STREAM:
+                        break  # perhaps it hibernates: resuming wakes it
                     sys.exit(f"column {column}, timestep {timestep}: code {code}, expected seq {expected}")
                 return said, answer
         self.socket.close()

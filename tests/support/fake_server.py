@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import msgpack
 import numpy as np
@@ -189,7 +189,7 @@ class FakeRules:
         """Streams that hibernate and that frames have come for; `wake` wakes them."""
         self._peers: dict[bytes, int] = {}
         self._hellos = 0
-        self._numbers = 0
+        self.last_number = 0
         """The last handle and epoch given."""
         self.notices: list[tuple[bytes, Message]] = []
         """What goes out before the answer."""
@@ -264,7 +264,7 @@ class FakeRules:
 
     def take_over_from(self, former: FakeRules) -> None:
         """Continue the streams of another server, which nobody uses any more."""
-        self.streams, self._numbers = former.streams, former._numbers
+        self.streams, self.last_number = former.streams, former.last_number
         self.restart()
 
     def shut_down(self) -> list[tuple[bytes, Message]]:
@@ -303,17 +303,17 @@ class FakeRules:
         return self.notices
 
     def _wake(self, stream: FakeStream) -> None:
-        self._numbers += 1
+        self.last_number += 1
         if stream.owner in self._peers:
-            self.notices.append((stream.owner, woken([stream.handle], [self._numbers])))
-        stream.is_asleep, stream.handle = False, self._numbers
+            self.notices.append((stream.owner, woken([stream.handle], [self.last_number])))
+        stream.is_asleep, stream.handle = False, self.last_number
 
     def take_over(self, name: str) -> list[tuple[bytes, Message]]:
         """Another client takes a stream."""
         stream = self.streams[name]
         owner, handle = stream.owner, stream.handle
-        self._numbers += 1
-        stream.owner, stream.handle, stream.epoch, stream.former_epoch = b"other", self._numbers, self._numbers, 0
+        self.last_number += 1
+        stream.owner, stream.handle, stream.epoch, stream.former_epoch = b"other", self.last_number, self.last_number, 0
         return [(owner, evicted([handle], Code.FENCED))] if owner in self._peers else []
 
     def _hello(self, peer: bytes, header: list[Any], frames: list[bytes]) -> Message:
@@ -336,9 +336,9 @@ class FakeRules:
                 made.append(None)
                 refused.append((index, 0, int(Code.NAME_IN_USE), 0, 0))
                 continue
-            self._numbers += 1
+            self.last_number += 1
             seq = int(seqs[index])
-            stream = FakeStream(name, peer, self._numbers, self._numbers, seq, seq, states[index].copy())
+            stream = FakeStream(name, peer, self.last_number, self.last_number, seq, seq, states[index].copy())
             self.streams[name] = stream
             made.append(stream)
         return self._grants(made), refused
@@ -380,9 +380,9 @@ class FakeRules:
                 self._wake(stream)
             if stream.owner not in (None, peer) and stream.owner in self._peers:
                 self.notices.append((stream.owner, evicted([stream.handle], Code.FENCED)))
-            self._numbers += 1
-            stream.owner, stream.handle, stream.hello = peer, self._numbers, self._peers[peer]
-            stream.epoch, stream.former_epoch = self._numbers, 0 if take_over else epoch
+            self.last_number += 1
+            stream.owner, stream.handle, stream.hello = peer, self.last_number, self._peers[peer]
+            stream.epoch, stream.former_epoch = self.last_number, 0 if take_over else epoch
             stream.acked = max(stream.acked, min(have, stream.next_seq))
             given.append(stream)
         return granted(Kind.RESUMED, header[1], self._grants(given), refused)
@@ -561,7 +561,7 @@ class FakeServer:
         self._peers: dict[bytes, None] = {}
         self._thread = threading.Thread(target=self._serve, name="fake-server")
 
-    def __enter__(self) -> FakeServer:
+    def __enter__(self) -> Self:
         self._thread.start()
         self._is_up.wait()
         return self
