@@ -39,7 +39,7 @@ MISTAKES = {
     "send again": [(AGAIN, "self.resume(); column = [each + 1 for each in column]\n\n")],
     "term": [("if line and term >= places.get(shard, (0,))[0]:", "if line and shard not in places:")],
     "hibernated": [("break  # perhaps", "self.socket.send_multipart(message); continue  # perhaps")],
-    "fenced": [('"minimal-', '"fenced-'), ("sys.exit(f", "raise Lost(f"), ("take_over, 1\n", "0, 0\n")],
+    "fenced": [('"minimal-', '"fenced-'), ("sys.exit(f", "raise Lost(f"), ("take_over, 1  #", "0, 0  #")],
     "close": [("column=(seq,)", "column=(seq + 1,)")],
 }  # fmt: skip
 X = np.random.default_rng(0).integers(-4, 4, (STEPS_NEEDED + 10, STREAMS, 3)).astype(np.float32)
