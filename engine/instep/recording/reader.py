@@ -77,7 +77,7 @@ def load_open_streams(path: Path, streams: Iterable[int]) -> list[OpenStream]:
         DamagedRecording: when a row of one of them is damaged or missing.
     """
     with RecordingReader(path) as reader, reader.at_once():
-        return [reader.open_stream(stream) for stream in streams]
+        return reader.open_streams(streams)
 
 
 class Closing:
@@ -466,15 +466,30 @@ class RecordingReader(Closing):
         )
         return StreamState(stream, position, seq, found, tail_seq, x, y)
 
-    def open_stream(self, stream: int) -> OpenStream:
-        """An open stream by number, in its newest state.
+    def open_streams(self, streams: Iterable[int]) -> list[OpenStream]:
+        """Open streams by number, each in its newest state.
 
         Raises:
-            DamagedRecording: when a row of it is damaged or missing.
+            DamagedRecording: when a row of one of them is damaged or missing.
+        """
+        found = list[OpenStream]()
+        for number in streams:
+            if (stream := self.open_stream(number)) is None:
+                raise self.damaged(f"it does not hold stream {number} as open")
+            found.append(stream)
+        return found
+
+    def open_stream(self, stream: int) -> OpenStream | None:
+        """A stream by number, in its newest state; None if it has closed or never opened.
+
+        Raises:
+            DamagedRecording: when a row of it is damaged.
         """
         opening = self.newest_row("openings", "stream = ?", stream)
-        if opening is None:
-            raise self.damaged(f"the table openings has no row of stream {stream}")
+        row = self.newest_row("states", "stream = ?", stream)
+        # Looked for last: the states of a stream go once it has closed.
+        if opening is None or self.newest_row("closings", "stream = ?", stream) is not None:
+            return None
         position, _, _, name, epoch, first_seq, initial = opening
         owner = (int(epoch), 0, int(first_seq))
         taken = self.newest_row("events", f"kind = '{OWNER_EVENT}' AND stream = ?", stream)
@@ -483,7 +498,6 @@ class RecordingReader(Closing):
                 owner = (int(taken[3]), *read_owner_detail(taken[5]))
             except (TypeError, ValueError):
                 raise self.damaged(f"the event at position {taken[0]} names no owner") from None
-        row = self.newest_row("states", "stream = ?", stream)
         if row is not None:
             state = self.stream_state(row)
             tail = (state.tail_seq, state.tail_x, state.tail_y)

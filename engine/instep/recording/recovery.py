@@ -58,7 +58,7 @@ class Recovered(Closing):
 
     def load(self, streams: Iterable[int]) -> list[OpenStream]:
         """Load open streams by number, each in the newest state, from which the replay continues."""
-        found = [self.reader.open_stream(stream) for stream in streams]
+        found = self.reader.open_streams(streams)
         for stream, at in zip(found, np.searchsorted(self._numbers, [stream.stream for stream in found]), strict=True):
             if (stream.seq, stream.epoch) != (self._held[at], self._epochs[at]):  # indices have no CRCs
                 raise self.reader.damaged(f"an index leads to other rows of stream {stream.stream} than the newest")

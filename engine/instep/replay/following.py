@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 import torch
 
-from instep.core.typing import U8
 from instep.recording.errors import TrimmedMeanwhile
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint
@@ -18,29 +17,6 @@ from instep.recording.segments import Segment, segments
 from instep.replay.replay import LAST, Replay, Stepping
 
 SEGMENT_BYTES: Final = 4 * 2**20
-
-
-class OpenState(NamedTuple):
-    """An open stream in its newest recorded state."""
-
-    name: str
-    seq: int
-    """The seq of the frame that follows the state."""
-    state: U8 | None
-    """uint8 [row_bytes]; None for the model's initial state."""
-
-
-def newest_state(reader: RecordingReader, stream: int) -> OpenState | None:
-    """An open stream by its number; None if it has closed."""
-    opening = reader.newest_row("openings", "stream = ?", stream)
-    row = reader.newest_row("states", "stream = ?", stream)
-    # Looked for last: the states of a stream go once it has closed.
-    if opening is None or reader.newest_row("closings", "stream = ?", stream) is not None:
-        return None
-    position, _, _, name, _, first_seq, initial = opening
-    if row is None:
-        return OpenState(name, first_seq, reader.state(initial, position))
-    return OpenState(name, row[2], reader.state(row[3], row[1]))
 
 
 class Follower(Replay):
@@ -111,5 +87,5 @@ class Follower(Replay):
     def meet(self, numbers: Sequence[int]) -> None:
         """Add streams in their newest states."""
         for number in numbers:
-            if (found := newest_state(self.reader, number)) is not None:
+            if (found := self.reader.open_stream(number)) is not None:
                 self.add(number, found.seq, found.state)

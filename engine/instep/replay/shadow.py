@@ -29,7 +29,7 @@ from instep.recording.errors import UnavailableRecording
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint
 from instep.recording.segments import Closed, Mark, Opened, Segment
-from instep.replay.following import Follower, newest_state
+from instep.replay.following import Follower
 from instep.replay.replay import StateTable
 from instep_tools.terminal import progress, say
 from instep_tools.words import counted, finite
@@ -231,14 +231,14 @@ class Shadow(Follower):
 
     def begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> int:
         """See `Follower`; forgets streams that have ended."""
-        for number in [number for number in self._found if newest_state(reader, number) is None]:
+        for number in [number for number in self._found if reader.open_stream(number) is None]:
             self._end(number)
         return super().begin(reader, checkpoint)
 
     def meet(self, numbers: Sequence[int]) -> None:
         """See `Follower`; adds the chosen streams."""
         for number in numbers:
-            found = newest_state(self.reader, number)
+            found = self.reader.open_stream(number)
             if found is not None and self._is_chosen(found.name):
                 self.add(number, found.seq, None if self._warm_up is not None else found.state)
                 self._found.setdefault(number, StreamDifference(found.name))

@@ -15,7 +15,7 @@ from instep.recording.errors import RecordingError
 from instep.recording.reader import RecordingReader
 from instep.recording.records import Checkpoint, find_sorted
 from instep.recording.segments import Closed, Mark, Opened, Segment
-from instep.replay.following import Follower, newest_state
+from instep.replay.following import Follower
 from instep.runtime.stepper import Stepper
 
 _WINDOW: Final = 512
@@ -73,11 +73,10 @@ class WarmUpReplay(Follower):
     def begin(self, reader: RecordingReader, checkpoint: Checkpoint) -> int:
         """See `Follower`; finds the frames of each open stream that count."""
         closed = {row[2] for row in reader.rows("closings")}
-        openings = {row[2]: row[5] for row in reader.rows("openings") if row[2] not in closed}
-        states = {number: found.seq for number in openings if (found := newest_state(reader, number)) is not None}
-        numbers: I64 = np.array(sorted(states), np.int64)
-        first_seqs: I64 = np.array([openings[number] for number in numbers.tolist()], np.int64)
-        nexts: I64 = np.array([states[number] for number in numbers.tolist()], np.int64)
+        opened = sorted(row[2] for row in reader.rows("openings") if row[2] not in closed)
+        found = (reader.open_stream(number) for number in opened)
+        rows = [(stream.stream, stream.first_seq, stream.seq) for stream in found if stream is not None]
+        numbers, first_seqs, nexts = np.array(rows, np.int64).reshape(-1, 3).T.copy()
         for frames in reader.frames(checkpoint.position + 1):
             at, is_open = find_sorted(numbers, frames.streams)
             np.maximum.at(nexts, at[is_open], frames.seqs[is_open] + 1)
