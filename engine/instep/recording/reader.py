@@ -475,7 +475,7 @@ class RecordingReader(Closing):
         found = list[OpenStream]()
         for number in streams:
             if (stream := self.open_stream(number)) is None:
-                raise self.damaged(f"it does not hold stream {number} as open")
+                raise self.damaged(f"the table openings has no row of stream {number}, or the table closings has one")
             found.append(stream)
         return found
 
