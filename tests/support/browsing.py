@@ -46,8 +46,8 @@ class Pages:
                 if page.evaluate("document.documentElement.scrollWidth > innerWidth"):
                     too_wide.append(page.url)
                 page.evaluate("localStorage.clear(); sessionStorage.clear()")
-                page.unroute_all()
                 page.goto("about:blank")
+                page.unroute_all()  # only now: until it is left, a page asks for what a route answers
             except Error:  # it shows an error, or is closed
                 page.close()
             else:
