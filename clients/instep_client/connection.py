@@ -232,7 +232,7 @@ class Attempts:
             self._lost_at, self.number, self.why = now, 0, why
         if now >= self._lost_at + self.reconnect_s:
             return False
-        delay_s = min(MOST_DELAY_S, LEAST_DELAY_S * 2.0**self.number)
+        delay_s = min(MOST_DELAY_S, LEAST_DELAY_S * 2.0 ** min(self.number, 6))
         self._next_at = now + delay_s * self._rng.uniform(0.5, 1.0)
         self.number += 1
         return True

@@ -166,6 +166,7 @@ class Driver:
         if not call.done:
             call.time_out(timeout_s)
             _wake(call)
+            self.wake()  # what waited behind it may be sent
 
     async def until_woken(self, call: Call[Any]) -> None:
         """Wait until the call has ended or was sent."""

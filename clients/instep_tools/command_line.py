@@ -252,6 +252,8 @@ class LazyCommands(PlainCommands):
             for at, word in enumerate(after):
                 if word == name or word.startswith(f"{name}="):
                     length = 2 if word == name else 1
+                    if at + length > len(after):
+                        break  # the command says that the value is missing
                     before += after[at : at + length]
                     del after[at : at + length]
                     break

@@ -245,7 +245,11 @@ async def _send_lines(job: SendJob, terminal: Terminal, stop: Stop, clock: Clock
     if not (answers.frames or answers.refused or sender.bad_lines or stop.requested):
         raise BadFile(f"there are no frames {'on standard input' if job.file is None else f'in {job.file}'}")
     done.frames = done.sent = answers.frames + answers.refused
-    done.bad_lines, done.all_ended, done.is_saved = sender.bad_lines, sender.all_ended, saved is not None
+    done.bad_lines, done.all_ended, done.is_saved = (
+        sender.bad_lines,
+        sender.all_ended,
+        saved is not None and saved.has_rows,
+    )
     return done
 
 
@@ -280,7 +284,7 @@ async def _send_file(job: SendJob, file: Path, terminal: Terminal, stop: Stop, c
                 await run.run()
         finally:
             done.seconds = clock.now() - started
-            if job.output is not None:
+            if job.output is not None and answered.any():
                 done.is_saved = _save(job.output, replace(sequences, outputs=outputs).keep(answered), info, terminal)
     done.sent, done.all_ended = run.sent_frames, run.all_ended
     if job.check:
@@ -399,7 +403,8 @@ def _report(job: SendJob, terminal: Terminal, stop: Stop, done: SendResult) -> E
         f"({rate:,.1f} frames/s){f', {stop.words}' if stop.requested else ''}"
     ]
     parts += [counted(done.bad_lines, "bad line")] if done.bad_lines else []
-    unanswered, unsent = done.sent - answers.frames, done.frames - done.sent
+    unanswered, unsent = done.sent - answers.frames - answers.refused, done.frames - done.sent
+    parts += [f"{counted(answers.refused, 'frame')} refused"] if answers.refused else []
     parts += [f"{counted(unanswered, 'frame')} got no answer"] if unanswered else []
     parts += [f"{counted(unsent, 'frame')} {'was' if unsent == 1 else 'were'} not sent"] if unsent else []
     parts += [] if comparison is None else [comparison.sentence(done.info.exactness)]

@@ -95,6 +95,8 @@ async def close(
     """
     if not names and pattern is None and place is None:
         raise CommandProblem("say which streams: their names, --streams, or --place")
+    if names and (pattern is not None or place is not None):
+        raise CommandProblem("give names, or --streams and --place, not both")
     async with connected(target, "streams", terminal, stop, reconnect_s=0.0) as client:
         by_name = bool(names)
         if not by_name:

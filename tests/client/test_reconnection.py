@@ -94,6 +94,10 @@ class TestLoss:
 
 
 class TestAttempts:
+    def test_a_server_that_is_away_for_hours_is_still_tried(self) -> None:
+        recovery = Attempts(math.inf, 1.0, Random(1))
+        assert all(recovery.lost(float(second), "gone") for second in range(5000))
+
     @pytest.mark.parametrize("reconnect_s", [1000.0, math.inf])
     def test_delays_double_up_to_two_seconds_and_are_drawn(self, reconnect_s: float) -> None:
         recovery = Attempts(reconnect_s, 1.0, Random(1))

@@ -297,6 +297,10 @@ def test_a_copy_that_fails_again_and_again_is_tried_less_and_less_often() -> Non
             assert cluster.rules.dropped(0, 1, view.attempt)
     pauses = [round(after - before) for before, after in pairwise(attempts)]
     assert pauses[:4] == [2, 4, 8, 16]
+    cluster.rules.nodes["b"].failures = 5000  # as after days with a full disk
+    while not (view := cluster.rules.shards[0]).joining:
+        cluster.run(PAUSE_S)
+    assert cluster.rules.dropped(0, 1, view.attempt)
 
 
 def test_a_server_that_begins_gets_another_number_and_one_of_a_former_term_none() -> None:

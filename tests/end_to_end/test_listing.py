@@ -120,6 +120,8 @@ class TestCommand:
                 assert await streams.close(target, terminal, Stop(), ["old-1", "gone"]) == 1
                 assert terminal.json() == {"closed": ["old-1"], "missing": ["gone"]}
                 terminal = RememberingTerminal()
+                with pytest.raises(CommandProblem):
+                    await streams.close(target, terminal, Stop(), ["old-2"], place="connected")
                 assert await streams.close(target, terminal, Stop(), place="parked") == Exit.OK
                 assert terminal.said.strip() == "2 streams closed"
                 assert await streams.close(target, terminal, Stop(), pattern="n?w-*") == Exit.OK

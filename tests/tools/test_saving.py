@@ -74,6 +74,14 @@ def test_what_has_come_until_a_failure_is_saved(tmp_path: Path) -> None:
     assert read_sequences(tmp_path / "y.csv").frames.tolist() == [[1, 1, 1]] * 2
 
 
+def test_without_any_answer_the_older_file_stays(tmp_path: Path) -> None:
+    (tmp_path / "y.csv").write_text("older")
+    with pytest.raises(ConnectionError):
+        save(tmp_path / "y.csv", ConnectionError())
+    save(tmp_path / "y.csv")
+    assert (os.listdir(tmp_path), (tmp_path / "y.csv").read_text()) == (["y.csv"], "older")
+
+
 async def test_a_pipe_is_written_to(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "y.csv")
     np.save(tmp_path / "x.npy", np.ones((50, 3)))

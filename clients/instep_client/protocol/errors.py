@@ -55,7 +55,8 @@ class StepTimeout(InstepError, TimeoutError):
 
     Attributes:
         sent: whether frames were sent. Then they are applied, `next_seq` counts them, and their outputs are lost;
-            frames of the same call that were not sent yet never are. Otherwise nothing has changed.
+            frames of the same call that were not sent yet never are. Should the server refuse them, `next_seq` goes
+            back. Otherwise nothing has changed.
     """
 
     def __init__(self, timeout_s: float, sent: bool) -> None:

@@ -145,7 +145,7 @@ def table_header(info: ServerInfo, timed: bool = False, states: tuple[StartState
 class SavedOutputs:
     """A file of frames and outputs from a live producer; use it in a `with` block.
 
-    Rows have no time. The outputs so far are saved however the block ends.
+    Rows have no time. The outputs so far are saved however the block ends; without any, an older file stays.
     """
 
     def __init__(self, path: Path, info: ServerInfo) -> None:
@@ -164,6 +164,11 @@ class SavedOutputs:
         if sum(map(len, self._parts)) > CHUNK_FRAMES:
             self._flush()
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether anything was added."""
+        return bool(self._ids)
+
     def _flush(self) -> None:
         if not self._parts:
             return
@@ -176,7 +181,9 @@ class SavedOutputs:
         return self
 
     def __exit__(self, *failure: Any) -> None:
-        if self._has_failed:
+        if not self.has_rows:
+            failure = (EOFError, EOFError(), None)  # so that an older file stays as it is
+        if self._has_failed or not self.has_rows:
             self._file.__exit__(*failure)
             return
         with self._file:

@@ -225,9 +225,9 @@ class Directory:
             raise TypeError("not numbers and names")
         if verb == "shards":
             return self._rules.count
+        if (verb in _BY_SERVERS or verb == "accept_loss") and not self._rules.is_settled:
+            raise ClusterRefused("TOO_EARLY", "the directory has just started, and has not heard all nodes")
         if verb in _BY_SERVERS:
-            if not self._rules.is_settled:
-                raise ClusterRefused("TOO_EARLY", "the directory has just started, and has not heard all nodes")
             shard = arguments[0]
             if request.principal not in ("", self._rules.shards[shard].server):
                 return None if verb == "begins" else False

@@ -277,7 +277,7 @@ class CopiedShard:
             self._failures = 0
         except Exception as error:  # whatever it is, the server can continue without this copy
             self._failures += 1
-            self._tries_at = time.monotonic() + min(_LONGEST_PAUSE_S, 2.0**self._failures - 2)
+            self._tries_at = time.monotonic() + min(_LONGEST_PAUSE_S, 2.0 ** min(self._failures, 6) - 2)
             with self._changed:
                 self._waiting = None
                 self._lose(self._copies if copy in self._copies else {copy: role}, str(error))

@@ -201,7 +201,11 @@ class Assignments:
             why = f"has heard of {report.revision} changes, and the store has {self.revision}"
         if why:
             helps = "move it away, and start the directory with --adopt and the names of all nodes that have recordings"
-            raise ClusterRefused("OLD_STORE", f"{report.name} {why}. The store is an old one: {helps}")
+            raise ClusterRefused(
+                "OLD_STORE",
+                f"{report.name} {why}. The store is an old one: {helps}; or {report.name} has the recordings of "
+                "another cluster: end its agent, and move its folder away",
+            )
 
     def serves(self, shard: int, term: int, node: str, endpoint: str) -> None:
         """A server listens at `endpoint`."""
@@ -272,7 +276,7 @@ class Assignments:
             target = "" if has_failed and lost == view.target else view.target
             view = self._change(shard, f"lost the copy on {lost}", target=target, **left)
             if has_failed and (node := self.nodes.get(lost)):
-                node.avoid_until = self._now + min(2.0**node.failures, MAX_AVOID_S)
+                node.avoid_until = self._now + min(2.0 ** min(node.failures, 6), MAX_AVOID_S)
                 node.failures += 1
         # only the process that serves now knows an attempt that was begun after the copy counted
         return not view.copy or attempt > view.copy_attempt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -208,6 +209,8 @@ def test_numbers_are_in_plain_words(server: WarmServer, pages: Pages) -> None:
     for function, words in WORDS.items():
         code = f"async (values) => values.map((await import('/static/format.js')).{function})"
         assert page.evaluate(code, [None, *words]) == ["–", *words.values()], function
+    quoted = page.evaluate("async (name) => (await import('/static/format.js')).quoted(name)", HOSTILE)
+    assert shlex.split(quoted) == [HOSTILE]
 
 
 def test_a_stopped_server_is_said_and_found_again(folder: Path, pages: Pages) -> None:

@@ -72,6 +72,11 @@ export function float32(value) {
   return Object.is(value, -0) ? "-0" : String(+value.toPrecision(9));
 }
 
+/** A word for a shell, which people paste into: names of streams come from strangers. */
+export function quoted(text) {
+  return /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`;
+}
+
 /** An element with text; never with markup, because names of streams come from strangers. */
 export function element(tag, { text, className, title } = {}, ...children) {
   const made = document.createElement(tag);

@@ -1,7 +1,7 @@
 // The numbers and badges of one model, and its charts.
 
 import { Chart } from "./charts.js";
-import { ago, byId, bytes, count, duration, float32, micros, microsShort, percent, short } from "./format.js";
+import { ago, byId, bytes, count, duration, float32, micros, microsShort, percent, quoted, short } from "./format.js";
 import { setPairs, setText } from "./format.js";
 
 const CHARTS = [
@@ -163,7 +163,7 @@ function verificationDetail(verification, recording) {
   if (state === "mismatch") return "The newest one is described above.";
   const parts = [`${duration(lag_s)} behind the newest frames`];
   if (reason) parts.unshift(reason);
-  if (skipped) parts.push(`${count(skipped)} frames not compared: instep verify ${recording.file}`);
+  if (skipped) parts.push(`${count(skipped)} frames not compared: instep verify ${quoted(recording.file)}`);
   return parts.join("; ");
 }
 

@@ -1,6 +1,6 @@
 // The page of one stream: its state and events; and the lists of events.
 
-import { ago, byId, clock, count, duration, element, setPairs, setText } from "./format.js";
+import { ago, byId, clock, count, duration, element, quoted, setPairs, setText } from "./format.js";
 
 const GONE = "The server has no stream of this name: it was closed, it expired, or it was never opened.";
 
@@ -13,7 +13,7 @@ export function showRecord(record, name, file) {
   byId("stream-state").dataset.state = record?.state ?? "";
   if (record === null) setText("no-stream", GONE);
   else {
-    const command = file ? [["its state", `instep recordings state ${file} ${name}`]] : [];
+    const command = file ? [["its state", `instep recordings state ${quoted(file)} -- ${quoted(name)}`]] : [];
     setPairs(byId("facts"), [...facts(record), ...command]);
   }
 }
