@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from instep_tools.command_line import CommandLine, LazyCommands, add_root_options
+
 TOPICS: Final = {
     "Send": {"send": "instep_tools.send", "loadtest": "instep_tools.load.app"},
     "Watch": {
@@ -13,3 +15,11 @@ TOPICS: Final = {
         "state": "instep_tools.state",
     },
 }
+
+
+class _ClientCommands(LazyCommands):
+    topics = TOPICS
+
+
+app: Final = CommandLine(cls=_ClientCommands, name="instep", help="Send frames to an instep server, and watch it.")
+add_root_options(app)
