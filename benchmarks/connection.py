@@ -114,7 +114,7 @@ class BareConnection:
                 return received.popleft()
             header = self._next()
             if header[0] != STEPPED:
-                self._handle_other(header)
+                self.handle_other(header)
                 continue
             y = recv(0, self._copies)
             _, _, requests, timesteps, columns, *_, failures, _ = STEPPED_HEADER.unpack_from(header)
@@ -151,12 +151,12 @@ class BareConnection:
             header = self._next()
             # A msgpack header is an array, so its second byte is the kind, which is below 128.
             if header[1] in (Kind.PING, Kind.ERROR, Kind.EVICTED, Kind.GOODBYE):
-                self._handle_other(header)
+                self.handle_other(header)
                 continue
             message = self._rest(header)
             return wire.unpack_header(message), message
 
-    def _handle_other(self, first: bytes) -> None:
+    def handle_other(self, first: bytes) -> None:
         """Answer the server's PING; give up after anything else that was not asked for."""
         header = wire.unpack_header(self._rest(first))
         if header.kind is Kind.PING:

@@ -36,11 +36,12 @@ def durability(bench: Bench) -> list[Row]:
         for level in ("memory", *THRESHOLDS):
             server = stack.enter_context(bench.serve(model.folder, server_arguments(bench.folder, level)))
             servers[f"{level}, frames/s"] = server
-        sides = {
+        sides: dict[str, Callable[[], float]] = {
             name: partial(measured, server.endpoint, model, inputs, all_in_flight(bench.seconds))
             for name, server in servers.items()
         }
-        samples = interleave(bench, {**sides, fsync: lambda: fsync_ms(bench.folder)})
+        sides[fsync] = partial(fsync_ms, bench.folder)
+        samples = interleave(bench, sides)
     return [
         compared(
             f"durability-{level}",

@@ -119,16 +119,22 @@ class ClosedLoopStreams:
 
 
 def open_streams(
-    connection: BareConnection, inputs: Sequence[Inputs], *, groups: int | None = None, once: bool = False
+    connection: BareConnection,
+    inputs: Sequence[Inputs],
+    *,
+    groups: int | None = None,
+    once: bool = False,
+    prefix: str = "",
 ) -> list[ClosedLoopStreams]:
     """Open the streams of `groups` groups, one for each of `inputs` by default.
 
-    With more groups than inputs, the groups that share inputs start at different places in them.
+    With more groups than inputs, the groups that share inputs start at different places in them. Names of streams begin
+    with the prefix.
     """
     opened = []
     for number in range(len(inputs) if groups is None else groups):
         own = inputs[number % len(inputs)]
-        handles = connection.open([f"group-{number}-{stream}" for stream in range(own.x.shape[1])])
+        handles = connection.open([f"{prefix}group-{number}-{stream}" for stream in range(own.x.shape[1])])
         opened.append(ClosedLoopStreams(number, handles, own, first=number // len(inputs), once=once))
     return opened
 

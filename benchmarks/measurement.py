@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+
+import psutil
 
 from instep.demo.child_server import ChildServer
 
@@ -22,6 +24,11 @@ class Server(Protocol):
     @property
     def endpoint(self) -> str:
         """Where it listens."""
+        ...
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
         ...
 
 
@@ -56,12 +63,15 @@ class Bench:
         return max(least, number // self.scale)
 
 
-def interleave(bench: Bench, sides: Mapping[str, Callable[[], float]]) -> Samples:
+T = TypeVar("T")
+
+
+def interleave(bench: Bench, sides: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
     """Measure every side once in each round, in alternating order; a warm-up before the first does not count.
 
     Interleaved rounds expose both sides to the same changes of the machine: its heat, its clocks, its other work.
     """
-    samples: Samples = {name: [] for name in sides}
+    samples: dict[str, list[T]] = {name: [] for name in sides}
     names = list(sides)
     for number in range(1 - bench.warm_up, bench.rounds + 1):
         for name in names if number % 2 else reversed(names):
@@ -124,6 +134,13 @@ def compared(
 def ratio(samples: Samples, of: str, over: str) -> float:
     """The median of one side over the median of another."""
     return median(samples[of]) / median(samples[over])
+
+
+def cpu_s(pid: int) -> float:
+    """The seconds of CPU that a process has used, with all of its threads and children."""
+    process = psutil.Process(pid)
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
 
 
 def _short(value: float) -> float:

@@ -28,6 +28,7 @@ from instep.models.network import PortableNetwork
 from instep.models.recurrent.description import GruDescription, GruLayers
 from instep_client.key_files import ClientKeys
 from instep_client.protocol.state_spec import StateSpec
+from instep_client.protocol.wire import U64, ServerInfo
 
 Array: TypeAlias = npt.NDArray[Any]
 MAX_ROWS: Final = 256
@@ -261,7 +262,16 @@ def truth(network: Network, x: F32, counts: I64, last: int = 1) -> tuple[F32, U8
     return outputs, states
 
 
-def check_and_close(connection: BareConnection, groups: Sequence[ClosedLoopStreams], network: Network) -> None:
+class Closer(Protocol):
+    """Closes streams, as `BareConnection` does."""
+
+    info: ServerInfo
+
+    def close(self, handles: U64, /) -> U8:
+        """Close streams [N], and return their final states [N, row_bytes]."""
+
+
+def check_and_close(connection: Closer, groups: Sequence[ClosedLoopStreams], network: Network) -> None:
     """Close the streams and compare each one's final state and newest outputs with the network's, bit for bit.
 
     Nothing is in flight.

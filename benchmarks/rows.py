@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from benchmarks.client_rows import connections_500, tasks_256
+from benchmarks.compiled_load import echoed_singly, served_singly
 from benchmarks.connection import BareConnection
 from benchmarks.echo import Echo
 from benchmarks.kinds import lstm, step_module
@@ -175,14 +176,27 @@ def engine_and_echo(
         yield partial(measured, server.endpoint, model, inputs, drive), echo_side
 
 
+IN_FLIGHT: Final = ((2, 128, 0.45), (16, 16, 0.45), (256, 1, None))
+"""Connections of `single-frames`, the streams of each, and the threshold."""
+PER_MESSAGE: Final = "µs of CPU a message"
+
+
 def single_frames(bench: Bench) -> list[Row]:
-    """256 streams in closed loop, one frame in each message."""
-    streams, served, echoed = 256, "served, messages/s", "echo, messages/s"
+    """256 streams in closed loop, one frame in each message, from compiled code; and the CPU of whoever answers."""
     model = BenchmarkModel.of(bench, "single-frames")
-    with engine_and_echo(bench, model, streams, all_in_flight(bench.seconds)) as (engine, echo):
-        samples = interleave(bench, {served: engine, echoed: echo})
-    what = "256 streams, one frame in each message, over a bare ZeroMQ echo"
-    return [compared("single-frames", what, model.description, samples, served, echoed, 0.8)]
+    rows = []
+    with bench.serve(model.folder, []) as server, Echo(model.output_bytes, compiled=True) as echo:
+        for connections, in_flight, at_least in IN_FLIGHT:
+            load = model, model.inputs(TIMESTEPS, connections * in_flight), connections, bench.seconds
+            sides = {"served": partial(served_singly, server, *load), "echo": partial(echoed_singly, echo, *load)}
+            found = interleave(bench, sides)
+            samples = {f"{side}, messages/s": [each.rate for each in values] for side, values in found.items()}
+            samples |= {f"{side}, {PER_MESSAGE}": [each.cpu_us for each in values] for side, values in found.items()}
+            served, echoed, *beside = samples
+            name = f"single-frames-{connections}x{in_flight}"
+            what = f"{connections} connections with {in_flight} single frames in flight each, over a compiled echo"
+            rows.append(compared(name, what, model.description, samples, served, echoed, at_least, beside=beside))
+    return rows
 
 
 def one_stream(bench: Bench) -> list[Row]:

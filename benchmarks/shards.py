@@ -17,11 +17,9 @@ from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Final
 
-import psutil
-
 from benchmarks.connection import BareConnection, NotServed
 from benchmarks.load import ClosedLoopStreams, Inputs, all_in_flight
-from benchmarks.measurement import Bench, Row, Samples, compared, interleave
+from benchmarks.measurement import Bench, Row, Samples, compared, cpu_s, interleave
 from benchmarks.reference import BenchmarkModel, check_and_close
 from benchmarks.rows import TIMESTEPS
 from instep import interrupts
@@ -101,11 +99,11 @@ def _produce(model: BenchmarkModel, servers: Servers, inputs: Sequence[Inputs], 
         barrier.wait()
         before_s = servers.cpu_s()
         barrier.wait()
-        cpu_s = servers.cpu_s() - before_s
+        used_s = servers.cpu_s() - before_s
         found = [receiver.recv() for receiver in results]
     except (BrokenBarrierError, EOFError):
         raise NotServed("a producer failed: its traceback is above") from None
-    return sum(rate for rate, _ in found), sum(frames for _, frames in found) / max(cpu_s, 0.01)
+    return sum(rate for rate, _ in found), sum(frames for _, frames in found) / max(used_s, 0.01)
 
 
 def _producer(
@@ -158,9 +156,7 @@ class Servers:
 
     def cpu_s(self) -> float:
         """The CPU time of all of them so far, with that of processes that step."""
-        process = psutil.Process(self._process.pid)
-        times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
-        return sum(time.user + time.system for time in times)
+        return cpu_s(self._process.pid)
 
 
 def free_ports(count: int) -> int:

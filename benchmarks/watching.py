@@ -183,7 +183,8 @@ def listed(bench: Bench) -> list[Row]:
                 asking.join()
                 pages_ms.append(median(took_s) * 1000)
 
-        samples = interleave(bench, {paced_alone: paced, beside: beside_lists})
+        sides: dict[str, Callable[[], float]] = {paced_alone: paced, beside: beside_lists}
+        samples = interleave(bench, sides)
     what = "p99 of 64 streams at 50 Hz while 100,000 streams are listed, over that without"
     pages = {"a page, ms": pages_ms[bench.warm_up :]}
     page_ms = median(pages_ms[bench.warm_up :])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import zmq
 
+from benchmarks.compiled_load import served_singly
 from benchmarks.connection import BareConnection, NotServed
 from benchmarks.echo import Echo
 from benchmarks.load import (
@@ -25,12 +26,15 @@ from benchmarks.load import (
     round_trips,
     waking_on_time,
 )
-from benchmarks.reference import WrongOutput, check_and_close, own_network, truth
+from benchmarks.measurement import Bench
+from benchmarks.reference import BenchmarkModel, WrongOutput, check_and_close, own_network, truth
 from instep.core.typing import F32, U8, U64
+from instep.models.folder import write_model
 from instep_client.protocol import wire
 from instep_client.protocol.wire import Kind, unpack_stepped
-from tests.support.models import SMALL, whole
+from tests.support.models import SMALL, plain, whole
 from tests.support.running import running
+from tests.support.threaded import ThreadedServer
 
 NETWORK = own_network(SMALL)
 FEATURES, HIDDEN = 5, 8
@@ -82,6 +86,20 @@ async def test_groups_take_turns_within_a_call_and_from_call_to_call() -> None:
         check_and_close(connection, groups, NETWORK)
 
     await driven(drive)
+
+
+@pytest.mark.parametrize(("connections", "streams"), [(2, 12), (6, 1)])
+def test_a_compiled_load_keeps_a_frame_of_each_stream_in_flight(connections: int, streams: int, tmp_path: Path) -> None:
+    write_model(tmp_path / "small", SMALL)
+    model = BenchmarkModel.of(Bench(tmp_path, model=tmp_path / "small"), "small")
+    x = random_x(7, connections * streams)
+    with ThreadedServer(tmp_path / "small") as server:
+        served = served_singly(server, model, x, connections, 0.1)  # checks every stream's states and newest outputs
+        assert served.rate > connections * streams
+        assert served.cpu_us > 0
+        model = replace(model, truth=own_network(plain(FEATURES, HIDDEN, seed=9)))
+        with pytest.raises(WrongOutput):
+            served_singly(server, model, x, connections, 0.1)
 
 
 async def test_recordings_in_chunks_are_sent_once_and_whole() -> None:

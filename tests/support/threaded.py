@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -53,6 +54,7 @@ class ThreadedServer:
     def __enter__(self) -> ThreadedServer:
         self._thread.start()
         self.endpoint = self._ready.result()
+        self.pid = os.getpid()
         return self
 
     def __exit__(self, *error: object) -> None:
