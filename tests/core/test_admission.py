@@ -313,6 +313,15 @@ def test_messages_admitted_together_are_judged_as_one_after_the_other(core: Core
     }
 
 
+def test_a_message_of_an_origin_that_left_is_ignored_whoever_has_its_number(core: CoreStreams) -> None:
+    a, b = core.open("a", "b")
+    core.tables.origins["arrival"][OWNER] = 2
+    core.admit(Sent([(a, 0, 0)], frames([1]), arrival=1, tag=1), Sent([(b, 0, 0)], frames([1]), arrival=2, tag=2))
+    assert core.refusals == [0, 0]
+    assert [answer.tag for answer in core.step_all()] == [2]
+    check_invariants(core)
+
+
 # ── Handles ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

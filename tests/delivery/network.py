@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
+from instep.frontends.zmq.inbox import Inbox
 from instep.frontends.zmq.router import Sent
 from instep_client.protocol.wire import Message
 
@@ -81,11 +82,13 @@ class HandRouter:
     def is_readable(self) -> bool:
         return bool(self.arrived)
 
-    def receive(self, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
-        for _ in range(min(at_most, len(self.arrived))):
+    def receive(self, inbox: Inbox, now_ns: int) -> tuple[bytes, list[bytes]] | None:
+        while self.arrived and not inbox.is_full:
             connection, message = self.arrived.popleft()
             self._network.on_received(connection, message)
-            yield connection.routing_id, message
+            if not inbox.take(connection.routing_id, message, now_ns):
+                return connection.routing_id, message
+        return None
 
     def send(self, routing_id: bytes, message: Message) -> Sent:
         if self._is_closed:

@@ -79,7 +79,7 @@ def everything_is_acknowledged(tables: Tables, sent: Any, slots: I64, origins: I
 
 
 def every_handle_is_good(original: Any, packed: Packed, messages: Any, sent: Any, x: Any) -> Any:
-    streams, sent = Tables(*packed).streams, sent.copy()
+    streams, sent = Tables(*packed).streams, sent[: messages["width"].sum()].copy()
     slots = (sent["handle"] & np.uint64(0xFFFF_FFFF)).astype(np.int64)
     owners = streams["owner"].copy()
     is_open = owners[slots] >= 0

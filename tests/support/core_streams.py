@@ -71,6 +71,7 @@ class Sent:
     origin: int = OWNER
     tag: int = 0
     arrived_ns: int = 1
+    arrival: int = 0
 
 
 @dataclass(frozen=True)
@@ -185,13 +186,15 @@ class CoreStreams:
         """
         heads = np.zeros(len(messages), SENT_MESSAGE)
         columns = np.zeros(sum(len(sent.columns) for sent in messages), SENT_COLUMN)
-        place = 0
+        place = values = 0
         for head, sent in zip(heads, messages, strict=True):
             timesteps, width, _ = sent.x.shape
             assert width == len(sent.columns)
             for name, value in (("tag", sent.tag), ("origin", sent.origin), ("arrived_ns", sent.arrived_ns)):
                 head[name] = value
-            head["timesteps"], head["width"] = timesteps, width
+            head["timesteps"], head["width"], head["arrival"] = timesteps, width, sent.arrival
+            head["column_at"], head["value_at"] = place, values
+            values += sent.x.size
             for handle, seq, acked in sent.columns:
                 columns[place : place + 1].view("<u8")[:] = handle, seq, acked
                 place += 1

@@ -56,7 +56,7 @@ class InProcessOrigin:
         self._next_tag += 1
         future = self._replies[self._next_tag] = asyncio.get_running_loop().create_future()
         memory = columns.data.cast("B"), np.ascontiguousarray(x, np.float32).data.cast("B")
-        self._frontend.put(Frames(self, self._next_tag, timesteps, width, *memory, time.monotonic_ns()))
+        self._frontend.put(Frames.of(self, self._next_tag, timesteps, width, *memory, time.monotonic_ns()))
         reply: Reply = await future
         return reply
 

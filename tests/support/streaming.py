@@ -324,7 +324,7 @@ class StreamingEngine:
         columns = np.zeros(width, SENT_COLUMN)
         columns["handle"], columns["seq"], columns["acked"] = handles, seqs, acked
         memory = columns.tobytes(), x.astype(np.float32).tobytes()
-        self.engine.submit(Frames(origin, tag, timesteps, width, *memory, arrived_ns=1))
+        self.engine.submit(Frames.of(origin, tag, timesteps, width, *memory, arrived_ns=1))
 
     async def settle(self) -> None:
         """Let everything happen that does not wait for the executor."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, Self, TypeAlias
@@ -524,33 +524,6 @@ def receive_now(socket: zmq.Socket[bytes]) -> list[bytes | memoryview]:
         frame = recv(NOW, False)
         frames.append(frame.buffer)
     return frames
-
-
-def received_from(
-    router: zmq.Socket[bytes], at_most: int, most_parts: int
-) -> Iterator[tuple[bytes, list[bytes], zmq.Frame]]:
-    """The messages of a ROUTER: routing id, copied frames, and the last of these frames.
-
-    At most `at_most` messages are read. Of a longer message only the first `most_parts` frames and one more are read;
-    the last one then has `more`, and the caller discards the rest with `skip_parts`.
-
-    A routing id is never alone, so the socket is not asked whether there is more. (Four frames, the last three of 9, 24
-    and 160 bytes: 2.2 µs; with frames for all four 3.2, with `recv_multipart` 4.5.)
-    """
-    recv = router.recv
-    for number in range(at_most):
-        if number == 1 and not ready(router):
-            return  # messages often come alone, and asking costs half as much as the exception
-        try:
-            routing_id = recv(NOW)
-        except zmq.Again:
-            return
-        frame = recv(NOW, False)
-        frames = [frame.bytes]
-        while frame.more and len(frames) <= most_parts:
-            frame = recv(NOW, False)
-            frames.append(frame.bytes)
-        yield routing_id, frames, frame
 
 
 def skip_parts(socket: zmq.Socket[bytes], at_most: int) -> bool:

@@ -15,6 +15,7 @@ import msgpack
 import zmq
 
 from instep.config import TransportConfig
+from instep.frontends.zmq.inbox import Inbox
 from instep.frontends.zmq.router import Router
 from instep.security.keys import ServerKeys
 from instep.security.policy import Verb, allowed
@@ -69,6 +70,7 @@ class Listener(Router):
     ) -> None:
         super().__init__(transport, keys)
         self._for_operators = for_operators
+        self._inbox = Inbox(0)  # without peers no message is one of theirs
         self._arrivals = select.poll()
         self._arrivals.register(self.signal_fd, select.POLLIN)
 
@@ -76,8 +78,10 @@ class Listener(Router):
         """Wait for requests, and yield those that have come; none after `within_s`."""
         if not self.is_readable:
             self._arrivals.poll(round(within_s * 1000))
-        for connection, parts in self.receive(_AT_ONCE):
-            request = self._parse(connection, parts)
+        for _ in range(_AT_ONCE):
+            if (message := self.receive(self._inbox)) is None:
+                return
+            request = self._parse(*message)
             if request is not None:
                 yield request
             elif self.authenticator is not None:

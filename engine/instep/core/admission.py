@@ -40,7 +40,17 @@ SENT_COLUMN: Final = np.dtype([("handle", "<u8"), ("seq", "<i8"), ("acked", "<i8
 negative, and every rule refuses them.
 """
 SENT_MESSAGE: Final = np.dtype(
-    [("tag", "<i8"), ("origin", "<i8"), ("timesteps", "<i8"), ("width", "<i8"), ("arrived_ns", "<i8")]
+    [
+        ("tag", "<i8"),  # the origin's identifier for the message, returned with the reply
+        ("origin", "<i8"),  # its number
+        ("arrival", "<i8"),  # its rank among all connections, since another one may have its number by now
+        ("timesteps", "<i8"),  # T
+        ("width", "<i8"),  # N
+        ("column_at", "<i8"),  # the place of its SENT_COLUMN [N]
+        ("value_at", "<i8"),  # the place of its inputs, float32 [T, N, features]
+        ("arrived_ns", "<i8"),  # on the monotonic clock
+        ("model", "<i8"),  # the front end's number of the model
+    ]
 )
 """One message as a front end submits it: T and N are at least 1, and its columns and inputs have matching sizes."""
 
@@ -186,8 +196,8 @@ def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int
     Args:
         packed: all tables; a message that is refused as a whole changes nothing.
         messages: SENT_MESSAGE [M].
-        sent: SENT_COLUMN, the columns of all messages, one message after another.
-        x: uint32, the bits of their inputs, float32 [T, N, features], one message after another.
+        sent: SENT_COLUMN, the columns of the messages.
+        x: uint32, the bits of their inputs, because -0.0 == 0.0 as floats.
 
     Returns:
         complete: the count of messages that are complete already, because none of their frames has to be computed;
@@ -195,18 +205,19 @@ def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int
         partly_repeated: the count of messages that have both frames to compute and frames to answer again; their
             numbers end the first M entries of `complete`.
         refused: the count of messages that are refused as a whole; `outcomes` [M] is BUSY or REPEATED_STREAM for them,
-            else 0.
+            else 0. A message of an origin that has left is ignored.
         unknown: the count of columns that fail with UNKNOWN_STREAM.
     """
     tables = Tables(*packed)
     outcomes, numbers = tables.outcomes, tables.complete
     counts, features = tables.counts, tables.x.shape[1]
-    complete = partly_repeated = refused = unknown = first_column = first_value = 0
+    complete = partly_repeated = refused = unknown = 0
     for place in range(len(messages)):
         origin, timesteps, width = messages["origin"][place], messages["timesteps"][place], messages["width"][place]
-        frames, column_at, value_at = timesteps * width, first_column, first_value
-        first_column += width
-        first_value += frames * features
+        frames, column_at, value_at = timesteps * width, messages["column_at"][place], messages["value_at"][place]
+        outcomes[place] = 0
+        if messages["arrival"][place] != tables.origins["arrival"][origin]:
+            continue
         counts[RECEIVED_FRAMES] += frames
         used = tables.origins["unanswered"][origin] + tables.origins["backlog"][origin] + frames
         if (
@@ -223,7 +234,6 @@ def admit(packed: Packed, messages: Records, sent: Records, x: U32) -> tuple[int
             outcomes[place] = _REPEATED_STREAM
             refused += 1
             continue
-        outcomes[place] = 0
         number = counts[FREE_MESSAGE]
         counts[FREE_MESSAGE] = tables.messages["next_free"][number]
         counts[FREE_MESSAGES] -= 1

@@ -53,6 +53,7 @@ ORIGIN: Final = np.dtype(
         ("streams", "<i8"),  # how many it owns, closing ones included
         ("unanswered", "<i8"),  # frames admitted and not yet delivered
         ("backlog", "<i8"),  # frames whose replies its transport has not taken yet
+        ("arrival", "<i8"),  # the rank of the connection that has the number; 0 for none
         ("messages", "<i4"),  # pending messages
         ("ready_head", "<i4"),  # the ready queue of its streams, oldest first
         ("ready_tail", "<i4"),

@@ -16,6 +16,7 @@ from instep.frontends.http.security import read_tokens
 from instep.frontends.models import Models
 from instep.frontends.shards import Shard
 from instep.frontends.zmq.frontend import ZmqFrontend
+from instep.frontends.zmq.inbox import Inbox
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Router
 from instep.recording.errors import RecordingError, with_advice
@@ -117,6 +118,7 @@ def _frontend(
 
     outbound = Outbound(
         router,
+        Inbox(checks.max_connections(config)),
         2 * config.transport.max_message_bytes,
         4 * config.transport.max_message_bytes,
         checks.MAX_BUFFERED_BYTES,
@@ -125,7 +127,7 @@ def _frontend(
         detach,
     )
     probe_after_ns = round(config.transport.heartbeat_s * 1e9)
-    return ZmqFrontend(models, router, outbound, checks.max_connections(config), probe_after_ns, loop.wake, log)
+    return ZmqFrontend(models, router, outbound, probe_after_ns, loop.wake, log)
 
 
 def _no_memory(config: Config, error: Exception) -> CannotServe:

@@ -8,8 +8,10 @@ from typing import Final, Protocol, TypeAlias
 
 import numpy as np
 
+from instep.core.admission import SENT_COLUMN, SENT_MESSAGE
 from instep.core.streams import StreamTable
-from instep.core.typing import F32, I32, I64, U8, U64
+from instep.core.tables import Records
+from instep.core.typing import F32, I32, I64, U8, U32, U64
 from instep_client.protocol.codes import Code
 
 Buffer: TypeAlias = bytes | memoryview
@@ -21,22 +23,31 @@ MAX_REPLY_MESSAGES: Final = 128
 
 @dataclass(slots=True)
 class Frames:
-    """One well-formed message of frames, T timesteps of N streams; admission judges its contents."""
+    """Well-formed messages of frames, each of T timesteps of N streams; admission judges their contents.
 
-    origin: Origin
-    tag: int
-    """The origin's identifier for the message, returned with the reply."""
-    timesteps: int
-    width: int
-    """The number of streams, N."""
-    columns: Buffer
-    """`core.admission.SENT_COLUMN` [N]: handle, seq of the first timestep, and the seq below which the client has every
+    The arrays are valid until the turn ends, because a front end reuses their memory.
+    """
+
+    messages: Records
+    """`core.admission.SENT_MESSAGE` [M]."""
+    columns: Records
+    """`core.admission.SENT_COLUMN`: handle, seq of the first timestep, and the seq below which the client has every
     output.
     """
-    x: Buffer
-    """float32 [T, N, features]."""
-    arrived_ns: int
-    """The time of arrival on the monotonic clock."""
+    x: U32
+    """The bits of float32 inputs."""
+
+    @classmethod
+    def of(
+        cls, origin: Origin, tag: int, timesteps: int, width: int, columns: Buffer, x: Buffer, arrived_ns: int
+    ) -> Frames:
+        """One message of an origin: its columns, SENT_COLUMN [N], and x, float32 [T, N, features]."""
+        message = tag, origin.number, origin.arrival, timesteps, width, 0, 0, arrived_ns, 0
+        return cls(
+            np.array([message], SENT_MESSAGE),
+            np.frombuffer(bytearray(columns), SENT_COLUMN),
+            np.frombuffer(bytearray(x), np.uint32),
+        )
 
 
 @dataclass(slots=True)

@@ -6,11 +6,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-from instep.core.admission import SENT_COLUMN, SENT_MESSAGE, admit
+from instep.core.admission import admit
 from instep.core.runs import fail_run, finish_run, hold, release
 from instep.core.scheduler import begin_run
 from instep.core.streams import StreamTable
@@ -23,9 +23,10 @@ from instep.core.tables import (
     READY_SINCE_NS,
     RECEIVED_FRAMES,
     REPEATED_FRAMES,
+    Records,
     Tables,
 )
-from instep.core.typing import I32, I64
+from instep.core.typing import I32, I64, U32
 from instep.runtime.executor import RunResult, StateLost, StepExecutor
 from instep.streaming.api import Frames, Origin, Refusal, StreamEvent
 from instep.streaming.delivery import Delivery
@@ -139,7 +140,7 @@ class Engine:
     @property
     def unanswered_messages(self) -> int:
         """The number of messages accepted and not yet answered."""
-        return len(self._submitted) + int(self.tables.origins["messages"].sum())
+        return sum(len(frames.messages) for frames in self._submitted) + int(self.tables.origins["messages"].sum())
 
     @property
     def is_quiet(self) -> bool:
@@ -158,61 +159,56 @@ class Engine:
     # ── Submit and admit ───────────────────────────────────────────────────────────────────────────────────────────
 
     def submit(self, frames: Frames) -> None:
-        """Queue a message until this turn's `admit`. The front end's budget bounds the queue."""
+        """Queue messages until this turn's `admit`. The front end's budget bounds the queue."""
         self._submitted.append(frames)
 
     def admit(self) -> None:
         """Admit the good frames of all queued messages, with the same result as one by one; replies follow."""
-        if not self._submitted:
-            return
-        # An origin that left after it sent these may have passed its number on already.
-        is_connected = self.origins.is_connected
-        self._submitted = [frames for frames in self._submitted if is_connected(frames.origin)]
+        submitted, self._submitted = self._submitted, []
         most = len(self.tables.outcomes)
-        while submitted := self._submitted[:most]:
-            del self._submitted[:most]
-            self._admit(submitted)
+        for frames in submitted:
+            for first in range(0, len(frames.messages), most):
+                self._admit(frames.messages[first : first + most], frames.columns, frames.x)
 
-    def _admit(self, frames: list[Frames]) -> None:
-        fields = [
-            field
-            for each in frames
-            for field in (each.tag, each.origin.number, each.timesteps, each.width, each.arrived_ns)
-        ]
-        messages = np.array(fields, np.int64).view(SENT_MESSAGE)
-        columns = np.frombuffer(b"".join([each.columns for each in frames]), SENT_COLUMN)
-        # As bits: a repeated frame must have the same bits, and -0.0 == 0.0 as floats.
-        x = np.frombuffer(b"".join([each.x for each in frames]), np.uint32)
+    def _admit(self, messages: Records, columns: Records, x: U32) -> None:
         complete, partly_repeated, refused, unknown = admit(self.packed, messages, columns, x)
         if unknown:
-            self.stats.refused[Code.UNKNOWN_STREAM] += unknown - (self._note_wanted(frames) if self.asleep else 0)
+            wanted = self._note_wanted(messages, columns) if self.asleep else 0
+            self.stats.refused[Code.UNKNOWN_STREAM] += unknown - wanted
         if partly_repeated:  # the kernel lists them at the end of `complete`
-            self._delivery.keep_repeated(self.tables.complete[len(frames) - partly_repeated : len(frames)])
+            self._delivery.keep_repeated(self.tables.complete[len(messages) - partly_repeated : len(messages)])
         if refused:
-            outcomes = self.tables.outcomes[: len(frames)].tolist()
-            for each, outcome in zip(frames, outcomes, strict=True):
-                if outcome:
-                    self._refuse(each, Code(outcome))
+            outcomes = self.tables.outcomes[: len(messages)]
+            for place in np.flatnonzero(outcomes).tolist():
+                self._refuse(messages[place], Code(int(outcomes[place])))
         if complete:
             self._delivery.deliver(self.tables.complete[:complete], 0, 0)
 
-    def _note_wanted(self, frames: list[Frames]) -> int:
+    def _note_wanted(self, messages: Records, columns: Records) -> int:
         """Notify owners of hibernating streams before they get the refusals; returns the number of such columns."""
         count = 0
-        for each, outcome in zip(frames, self.tables.outcomes[: len(frames)].tolist(), strict=True):
-            handles = np.frombuffer(each.columns, SENT_COLUMN)["handle"].tolist()
-            own = [handle for handle in handles if handle in self.asleep and self.asleep[handle][0] is each.origin]
-            if own:
+        outcomes = self.tables.outcomes[: len(messages)].tolist()
+        for message, outcome in zip(messages, outcomes, strict=True):
+            origin = self._sender(message)
+            handles = columns["handle"][message["column_at"] :][: message["width"]].tolist()
+            own = [handle for handle in handles if handle in self.asleep and self.asleep[handle][0] is origin]
+            if own and origin is not None:
                 self.wanted.update(self.asleep[handle][1] for handle in own)
-                each.origin.notify(StreamEvent(Code.HIBERNATED, np.array(list(dict.fromkeys(own)), np.uint64)))
+                origin.notify(StreamEvent(Code.HIBERNATED, np.array(list(dict.fromkeys(own)), np.uint64)))
             count += 0 if outcome else len(own)
         return count
 
-    def _refuse(self, frames: Frames, code: Code) -> None:
+    def _refuse(self, message: Any, code: Code) -> None:
         is_busy = code is Code.BUSY
         self.stats.busy_total += is_busy
         self.stats.refuse(code)
-        frames.origin.refuse(frames.tag, Refusal(code, retry_after_us=_BUSY_RETRY_US if is_busy else 0))
+        if (origin := self._sender(message)) is not None:
+            origin.refuse(int(message["tag"]), Refusal(code, retry_after_us=_BUSY_RETRY_US if is_busy else 0))
+
+    def _sender(self, message: Any) -> Origin | None:
+        """The origin of a message, if it is still connected."""
+        origin = self.origins[int(message["origin"])]
+        return origin if origin is not None and origin.arrival == message["arrival"] else None
 
     # ── Schedule and collect ───────────────────────────────────────────────────────────────────────────────────────
 

@@ -62,7 +62,7 @@ def compile_kernels() -> None:
 
     def send(seq: int) -> None:
         column = np.array([(handles[0], seq, 0)], SENT_COLUMN).tobytes()
-        engine.submit(Frames(origin, 1, 2, 1, column, bytes(8), 1))
+        engine.submit(Frames.of(origin, 1, 2, 1, column, bytes(8), 1))
         engine.admit()
 
     send(0)

@@ -41,7 +41,7 @@ class Origins:
         else:
             return False
         self._arrived += 1
-        origin.arrival = self._arrived
+        origin.arrival = self._tables.origins["arrival"][origin.number] = self._arrived
         self._connected[origin.number] = origin
         return True
 
@@ -79,7 +79,7 @@ class Origins:
     def disconnect(self, origin: Origin) -> None:
         """Remove an origin that is gone; nothing is delivered to it any more."""
         del self._connected[origin.number]
-        self._tables.origins["backlog"][origin.number] = 0
+        self._tables.origins["backlog"][origin.number] = self._tables.origins["arrival"][origin.number] = 0
         self._left.add(origin.number)
 
     def release_left(self) -> None:

@@ -11,6 +11,7 @@ import msgpack
 import numpy as np
 
 from instep.core.tables import make_tables
+from instep.frontends.zmq.inbox import Inbox
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Sent
 from instep.streaming.api import Refusal, Reply
@@ -55,6 +56,7 @@ class Rig:
         self.served = SimpleNamespace(service=SimpleNamespace(engine=engine, log=log_into([]), is_former=False))
         self.outbound = Outbound(
             self.router,
+            Inbox(10),
             UNREAD,
             max_outbox_bytes,
             max_total_bytes,
@@ -65,8 +67,8 @@ class Rig:
         self.slow, self.fast = self.add(b"\0slow"), self.add(b"\0fast")
 
     def add(self, routing_id: bytes) -> Peer:
-        peer = Peer(self.outbound, routing_id, cast(Any, self.served), 0, number=len(self.outbound))
-        self.outbound.add(peer)
+        peer = Peer(self.outbound, routing_id, cast(Any, self.served), number=len(self.outbound))
+        self.outbound.add(peer, 0, 0)
         return peer
 
     def tick(self, now_ns: int) -> None:
@@ -160,7 +162,7 @@ def test_all_outboxes_share_a_budget_and_beyond_it_the_largest_is_given_up() -> 
 
 def test_all_peers_share_a_budget_of_unread_bytes_and_beyond_it_each_gets_one_reply_at_a_time() -> None:
     rig = Rig(max_outbox_bytes=10**9, max_total_bytes=320_000)
-    late = [rig.add(b"\0late%d" % number) for number in range(3)]
+    late = [rig.add(b"\0lat%d" % number) for number in range(3)]
     for peer, count in ((rig.slow, 110), (rig.fast, 70), *((each, 5) for each in late)):
         for _ in range(count):
             rig.outbound.send(peer, MESSAGE)
@@ -189,7 +191,7 @@ def test_a_peer_is_asked_before_it_is_given_up_however_long_the_server_was_stopp
     rig.tick(1050)
     assert rig.gone == []
     assert len(rig.pings(b"\0slow")) == len(rig.pings(b"\0fast")) == 1
-    rig.fast.last_heard_ns = 1040
+    rig.outbound.inbox.peers["last_heard_ns"][rig.fast.row] = 1040
     rig.tick(1051)
     assert rig.gone == [rig.slow]
 

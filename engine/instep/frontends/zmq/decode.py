@@ -11,14 +11,12 @@ import numpy as np
 from instep.core.typing import I32, I64, U8, U64
 from instep.security.policy import Verb, allowed
 from instep.security.principals import Principal
-from instep.streaming.api import Frames, Origin, Refusal
+from instep.streaming.api import Refusal
 from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.state_spec import StateSpec
-from instep_client.protocol.wire import DTYPE_F32, STEP_HEADER, Code, Header, unpack_step
+from instep_client.protocol.wire import DTYPE_F32, Code, Header, unpack_step
 
-_COLUMNS_AT: Final = STEP_HEADER.size
-_FEW: Final = 64
 _AUTOMATIC_ID_BYTES: Final = 5
 """The length of the routing ids that ZeroMQ generates; their first byte is 0."""
 
@@ -51,22 +49,18 @@ class Decoder:
     max_block_frames: int
     max_message_bytes: int
 
-    def step(self, origin: Origin, parts: list[bytes], arrived_ns: int) -> Frames:
-        """Decode STEP. Admission judges the contents of columns and frames."""
-        request, timesteps, width, features, dtype = unpack_step(parts)
-        header, x = parts
+    def check_step(self, parts: list[bytes]) -> None:
+        """Check a STEP. Admission judges the contents of columns and frames."""
+        _, timesteps, width, features, dtype = unpack_step(parts)
         if dtype != DTYPE_F32:
             raise Refusal(Code.WRONG_DTYPE, f"this block says {dtype}")
         if features != self.features:
             raise Refusal(Code.WRONG_SHAPE, f"the model takes {self.features} features, not {features}")
         if timesteps * width > self.max_block_frames:
             raise Refusal(Code.TOO_LARGE, f"at most {self.max_block_frames} frames a block")
-        if len(x) != 4 * timesteps * width * features:
-            shape = [timesteps, width, features]
-            raise MalformedMessage(f"x must be {4 * math.prod(shape)} bytes for shape {shape}, it is {len(x)}")
-        # A view of a few bytes costs more than their copy.
-        columns = header[_COLUMNS_AT:] if width < _FEW else memoryview(header)[_COLUMNS_AT:]
-        return Frames(origin, request, timesteps, width, columns, x, arrived_ns)
+        shape = [timesteps, width, features]
+        if len(parts[1]) != 4 * math.prod(shape):
+            raise MalformedMessage(f"x must be {4 * math.prod(shape)} bytes for shape {shape}, it is {len(parts[1])}")
 
     def listing(self, header: Header, prefix: bytes) -> tuple[int, int, int, str]:
         """Decode LIST: cursor, the most streams, place and prefix."""

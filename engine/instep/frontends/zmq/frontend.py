@@ -28,7 +28,6 @@ from instep_client.protocol import wire
 from instep_client.protocol.errors import MalformedMessage
 from instep_client.protocol.wire import Code, Header, Kind, Message, request_of_step
 
-_BURST: Final = 256
 _STEP: Final = bytes([Kind.STEP])
 _MOST_REQUESTS: Final = 512
 """The most requests on streams under way, over all peers. A peer may not have more of them than are still free: 256 for
@@ -52,7 +51,6 @@ class ZmqFrontend:
         models: Models,
         router: Router,
         outbound: Outbound,
-        max_connections: int,
         probe_after_ns: int,
         wake: Callable[[], None],
         log: structlog.stdlib.BoundLogger,
@@ -65,14 +63,14 @@ class ZmqFrontend:
         if self._authenticator is not None:
             self._usages.reloaded(self._authenticator.principals.by_name.values())
         self._outbound = outbound
+        self._inbox = outbound.inbox
         self._requests_of: dict[Served, Requests] = {}
-        self._max_connections = max_connections
+        self._numbers: dict[Served, int] = {}
+        """The inbox's numbers of models."""
         self._probe_after_ns = probe_after_ns
         self._wake = wake
         self._log = log
         self._requests = 0
-        self._all_are_ready = True
-        """Whether every model accepts frames; determined once for all messages received together."""
 
     # ── Models ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -80,10 +78,14 @@ class ZmqFrontend:
         info = served.info
         decoder = Decoder(info.features, info.state, info.max_block_frames, info.max_message_bytes)
         self._requests_of[served] = Requests(served, decoder, self._models.shard)
+        self._numbers[served] = self._inbox.add_model(info.features, info.max_block_frames)
 
     def removed(self, served: Served, reason: str) -> None:
         self._end([peer for peer in self._outbound.peers() if peer.served is served], reason)
-        del self._requests_of[served]
+        self._forget(served)
+
+    def _forget(self, served: Served) -> None:
+        del self._requests_of[served], self._numbers[served]
 
     def moved(self, former: Served, served: Served) -> None:
         engine = served.service.engine
@@ -92,11 +94,12 @@ class ZmqFrontend:
         for peer in self._outbound.peers():
             if peer.served is former:
                 peer.served = served
+                self._inbox.peers["model"][peer.row] = self._numbers[served]
                 own = handles.get(peer.number, np.zeros(0, np.uint64))
                 next_seqs = engine.table.next_seq[engine.table.slots.slots_named(own)]
                 self._outbound.send(peer, self._info(0, served))
                 self._outbound.send(peer, encode.moved(own, next_seqs, served.info.fingerprint))
-        del self._requests_of[former]
+        self._forget(former)
 
     # ── Principals ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -133,14 +136,26 @@ class ZmqFrontend:
     def receive(self, budget_ns: int) -> bool:
         if self.is_paused:
             return False
-        deadline_ns, parts = 0, None
-        self._all_are_ready = all(served.service.is_ready for served in self._models)
-        for routing_id, parts in self._router.receive(_BURST):
-            now_ns = time.monotonic_ns()
-            deadline_ns = deadline_ns or now_ns + budget_ns
-            if self._take(routing_id, parts, now_ns) or now_ns > deadline_ns:
+        inbox, now_ns, other = self._inbox, time.monotonic_ns(), None
+        inbox.clear()
+        for served, number in self._numbers.items():
+            inbox.models["accepts"][number] = served.service.is_ready
+        deadline_ns = now_ns + budget_ns
+        while not inbox.is_full and now_ns <= deadline_ns:
+            first = len(inbox)
+            message = self._router.receive(inbox, now_ns)
+            if self._authenticator is not None:
+                self._check_quotas(first, now_ns)
+            if message is None:
                 break
-        return parts is not None
+            other = message
+            if self._take(*other, now_ns):
+                break
+            now_ns = time.monotonic_ns()
+        if len(inbox):
+            for served, number in self._numbers.items():
+                served.service.engine.submit(inbox.frames(number))
+        return other is not None or len(inbox) > 0
 
     # ── As the server sees it ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -177,7 +192,7 @@ class ZmqFrontend:
         """
         peer = self._outbound.find(routing_id)
         if parts[0][:1] == _STEP:
-            self._take_step(routing_id, peer, parts, now_ns)
+            self._refuse_step(routing_id, peer, parts)
             return False
         request = 0
         if peer is None and parts == [b""]:  # ZMQ_PROBE_ROUTER: every client's connection begins with it
@@ -188,7 +203,7 @@ class ZmqFrontend:
             if peer is None:
                 self._welcome(routing_id, header, now_ns)
                 return False
-            peer.last_heard_ns = now_ns
+            self._inbox.peers["last_heard_ns"][peer.row] = now_ns
             if kind in HANDLERS:
                 return self._begin(peer, header, parts)
             self._reply_at_once(peer, header, parts, now_ns)
@@ -198,25 +213,32 @@ class ZmqFrontend:
             self._refuse(routing_id, peer, request, error)
         return False
 
-    def _take_step(self, routing_id: bytes, peer: Peer | None, parts: list[bytes], now_ns: int) -> None:
+    def _refuse_step(self, routing_id: bytes, peer: Peer | None, parts: list[bytes]) -> None:
+        """Refuse a STEP that the inbox did not take."""
         try:
             if peer is None:
                 raise Refusal(Code.HELLO_FIRST)
-            peer.last_heard_ns = now_ns
-            served = peer.served
-            if not self._all_are_ready:
-                served.refuse_what_is_new()
-            frames = self._requests_of[served].decoder.step(peer, parts, now_ns)
-            if peer.usage.number:
-                peer.usage.check_unread(self._outbound.ask)
-                peer.usage.check_frames(frames.timesteps * frames.width, now_ns)
+            peer.served.refuse_what_is_new()
+            self._requests_of[peer.served].decoder.check_step(parts)
+            raise AssertionError("a good STEP was not taken")
         except Exception as error:
             self._refuse(routing_id, peer, request_of_step(parts[0]), error)
-            return
-        try:
-            served.service.engine.submit(frames)
-        except Refusal as refusal:
-            self._refuse(routing_id, peer, request_of_step(parts[0]), refusal)
+
+    def _check_quotas(self, first: int, now_ns: int) -> None:
+        """Count the frames of messages that the inbox has taken, from `first` on; refuse those over a quota."""
+        taken = self._inbox.messages[first : len(self._inbox)]
+        engines = {number: served.service.engine for served, number in self._numbers.items()}
+        fields = (taken[name].tolist() for name in ("model", "origin", "tag"))
+        frames = (taken["timesteps"] * taken["width"]).tolist()
+        for place, (model, origin, tag, count) in enumerate(zip(*fields, frames, strict=True), first):
+            peer = engines[model].origins[origin]
+            if isinstance(peer, Peer):  # not dropped meanwhile
+                try:
+                    peer.usage.check_unread(self._outbound.ask)
+                    peer.usage.check_frames(count, now_ns)
+                except Refusal as refusal:
+                    self._inbox.leave_out(place)
+                    self._refuse(peer.routing_id, peer, tag, refusal)
 
     def _welcome(self, routing_id: bytes, header: Header, now_ns: int) -> None:
         if header.kind is Kind.PING:  # asks whether the server knows the connection, as after a HELLO that was refused
@@ -230,14 +252,13 @@ class ZmqFrontend:
         served = self._models.find(model, partial(allowed, principal, Verb.HELLO))
         served.refuse_what_is_new()
         usage = self._usages.of(principal)
-        peer = Peer(self._outbound, routing_id, served, now_ns, principal, usage)
+        peer = Peer(self._outbound, routing_id, served, principal, usage)
         usage.check_connections()
-        count = len(self._outbound)
-        if count >= self._max_connections or not served.service.engine.origins.connect(peer):
+        if self._outbound.is_full or not served.service.engine.origins.connect(peer):
             why = "limits.max_connections, or the limit of open files, allows"
-            sentence = f"the server has {count} connections, as many as {why}; try again later"
+            sentence = f"the server has {len(self._outbound)} connections, as many as {why}; try again later"
             raise Refusal(Code.BUSY, retry_after_us=1_000_000, sentence=sentence)
-        self._outbound.add(peer)
+        self._outbound.add(peer, self._numbers[served], now_ns)
         if self._authenticator is not None:
             peer.connection = self._authenticator.welcome(self._router.descriptor)
         about = {"principal": principal.name, "address": self._router.address, "model": served.service.name}

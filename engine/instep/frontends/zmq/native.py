@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 import llvmlite.binding as llvm
 import numba
@@ -19,6 +19,7 @@ from numba.core import types
 from zmq.backend.cython import _zmq
 
 from instep.core.typing import U8
+from instep.frontends import CannotListen
 
 DONTWAIT: Final = int(zmq.DONTWAIT)
 SNDMORE: Final = int(zmq.SNDMORE)
@@ -30,31 +31,35 @@ _INT, _POINTER = (types.intc, ctypes.c_int), (types.intp, ctypes.c_ssize_t)
 _jit: Final[Any] = numba.config
 
 
-class NoSharedLibrary(Exception):
-    """pyzmq has no shared libzmq whose functions could be found."""
-
-
-def _library() -> ctypes.CDLL:
-    # Symbols of an extension module's own libraries are found through it.
-    library = ctypes.CDLL(_zmq.__file__)
-    if not hasattr(library, "zmq_msg_recv"):
-        raise NoSharedLibrary(
-            "pyzmq was built with a libzmq of its own, which compiled code cannot call; install its wheel: "
-            "pip install --force-reinstall --only-binary pyzmq pyzmq"
-        )
-    return library
+def _library() -> ctypes.CDLL | None:
+    library = ctypes.CDLL(_zmq.__file__)  # finds what is in the libraries of pyzmq's module, too
+    return library if hasattr(library, "zmq_msg_recv") else None
 
 
 _LIBRARY: Final = _library()
 
 
-def _function(name: str, result: tuple[Any, Any], *arguments: tuple[Any, Any]) -> Callable[..., int]:
-    function = getattr(_LIBRARY if name.startswith("zmq_") else ctypes.CDLL(None), name)
+def _missing(*_: object) -> int:
+    raise CannotListen(
+        "this pyzmq was built without a shared libzmq, which compiled code calls; install the one that is ready: "
+        "pip install --force-reinstall --only-binary :all: pyzmq"
+    )
+
+
+def _for_python(name: str, result: tuple[Any, Any], *arguments: tuple[Any, Any]) -> Callable[..., int]:
+    if _LIBRARY is None:
+        return _missing
+    function = (_LIBRARY if name.startswith("zmq_") else ctypes.CDLL(None))[name]  # an object of its own each time
     function.restype, function.argtypes = result[1], [each for _, each in arguments]
+    return cast(Callable[..., int], function)
+
+
+def _function(name: str, result: tuple[Any, Any], *arguments: tuple[Any, Any]) -> Callable[..., int]:
+    function = _for_python(name, result, *arguments)
     if _jit.DISABLE_JIT:
         return lambda *values: function(*map(int, values))
-    # By name, and not by address, so that compiled code can be cached.
-    llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    if _LIBRARY is not None:  # by name, and not by address, so that compiled code can be cached
+        llvm.add_symbol(name, ctypes.cast(cast(Any, function), ctypes.c_void_p).value)
     external: Callable[..., int] = types.ExternalFunction(name, result[0](*(each for each, _ in arguments)))
     return external
 
@@ -72,11 +77,49 @@ copy_memory: Final = _function("memcpy", _POINTER, _POINTER, _POINTER, _POINTER)
 """To, from, size."""
 
 
+# ── For Python ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_init = _for_python("zmq_msg_init", _INT, _POINTER)
+_close = _for_python("zmq_msg_close", _INT, _POINTER)
+_data = _for_python("zmq_msg_data", _POINTER, _POINTER)
+_size = _for_python("zmq_msg_size", _POINTER, _POINTER)
+_more = _for_python("zmq_msg_more", _INT, _POINTER)
+_get = _for_python("zmq_msg_get", _INT, _POINTER, _INT)
+_gets = _for_python("zmq_msg_gets", _POINTER, _POINTER, (None, ctypes.c_char_p))
+
+
 def new_message() -> U8:
-    """The memory of an empty message."""
+    """The memory of an empty message part."""
     memory = np.zeros(64, np.uint8)
-    _LIBRARY.zmq_msg_init(ctypes.c_ssize_t(memory.ctypes.data))
+    _init(memory.ctypes.data)
     return memory
+
+
+def free_message(message: U8) -> None:
+    """Release the contents of a message part."""
+    _close(message.ctypes.data)
+
+
+def bytes_of(message: U8) -> bytes:
+    """A copy of the contents of a message part."""
+    address = message.ctypes.data
+    return ctypes.string_at(_data(address), _size(address))
+
+
+def is_last(message: U8) -> bool:
+    """Whether no further part of the message follows."""
+    return not _more(message.ctypes.data)
+
+
+def descriptor_of(message: U8) -> int:
+    """The descriptor of the connection from which it came."""
+    return _get(message.ctypes.data, int(zmq.SRCFD))
+
+
+def property_of(message: U8, name: str) -> str:
+    """A property of the connection from which it came (`zmq_msg_gets`); empty if it has none."""
+    address = _gets(message.ctypes.data, name.encode())
+    return ctypes.string_at(address).decode() if address else ""
 
 
 def poll_items(sockets: list[zmq.Socket[bytes]]) -> PollItems:

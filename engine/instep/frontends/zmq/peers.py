@@ -13,6 +13,7 @@ from typing import Final
 
 from instep.frontends.models import Served
 from instep.frontends.zmq import encode
+from instep.frontends.zmq.inbox import Inbox
 from instep.frontends.zmq.router import Sender, Sent
 from instep.security.authenticator import Connection
 from instep.security.principals import LOCAL, Principal
@@ -39,7 +40,6 @@ class Peer:
     routing_id: bytes
     served: Served
     """Its model, from HELLO to the end of the connection; another version of it after a move."""
-    last_heard_ns: int
     principal: Principal = LOCAL
     """Who it was at HELLO, with the same rights until the end of the connection; the routing id is no identity."""
     usage: Usage = field(default_factory=partial(Usage, LOCAL))
@@ -48,6 +48,8 @@ class Peer:
     """For the authenticator."""
     number: int = -1
     arrival: int = 0
+    row: int = -1
+    """In `Inbox.peers`."""
     outbox: deque[tuple[Message, int]] = field(default_factory=deque)
     """Messages that ZeroMQ did not accept, each with the number of frames it answers."""
     outbox_bytes: int = 0
@@ -70,6 +72,11 @@ class Peer:
     is_gone: bool = False
     reason: str = ""
     """Why the server ended the connection, if it did."""
+
+    @property
+    def last_heard_ns(self) -> int:
+        """When its newest message came."""
+        return int(self.outbound.inbox.peers["last_heard_ns"][self.row])
 
     def deliver(self, reply: Reply) -> None:
         self.outbound.send(self, encode.stepped(reply), reply.frames)
@@ -104,6 +111,7 @@ class Outbound:
 
     Args:
         router: the socket.
+        inbox: knows the peers by rows.
         max_unread_bytes: bytes handed to ZeroMQ for one peer that it may not have read.
         max_outbox_bytes: bytes kept for one peer besides those.
         max_total_bytes: bytes of both kinds, of all peers.
@@ -115,6 +123,7 @@ class Outbound:
     def __init__(
         self,
         router: Sender,
+        inbox: Inbox,
         max_unread_bytes: int,
         max_outbox_bytes: int,
         max_total_bytes: int,
@@ -123,6 +132,7 @@ class Outbound:
         on_gone: Callable[[Peer], None],
     ) -> None:
         self._router = router
+        self.inbox = inbox
         self._max_unread_bytes = max_unread_bytes
         self._max_outbox_bytes = max_outbox_bytes
         self.max_total_bytes = max_total_bytes
@@ -153,9 +163,10 @@ class Outbound:
     def __len__(self) -> int:
         return len(self._peers)
 
-    def add(self, peer: Peer) -> None:
-        """Add a connection that has said HELLO."""
+    def add(self, peer: Peer, model: int, now_ns: int) -> None:
+        """Add a connection that has said HELLO; `model` is the inbox's number of its model."""
         self._peers[peer.routing_id] = peer
+        peer.row = self.inbox.add_peer(peer.routing_id, peer, model, now_ns)
         peer.usage.connections.add(peer)
         self._share()
 
@@ -163,6 +174,11 @@ class Outbound:
         """Choose how often to ask peers, so that all unread bytes together stay within the common bound."""
         share = self.max_total_bytes // 4 // max(1, len(self._peers))
         self._ask_every_bytes = min(self._max_unread_bytes // 2, max(_LEAST_ASKED_BYTES, share))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there may be no more peers."""
+        return len(self._peers) >= len(self.inbox.peers)
 
     def find(self, routing_id: bytes) -> Peer | None:
         """The peer of a connection, if it has said HELLO and still exists."""
@@ -302,6 +318,7 @@ class Outbound:
         self.total_bytes -= peer.outbox_bytes
         self.unread_bytes -= peer.sent_bytes - peer.read_bytes
         del self._peers[peer.routing_id]
+        self.inbox.remove_peer(peer.row)
         self._share()
         self._blocked.pop(peer, None)
         peer.outbox.clear()

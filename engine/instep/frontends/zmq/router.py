@@ -5,15 +5,18 @@ from __future__ import annotations
 import ctypes
 import secrets
 import socket as socketlib
-from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Final, Protocol
 
+import numpy as np
 import zmq
 
 from instep.config import TransportConfig
+from instep.core.typing import U8
 from instep.frontends import CannotListen
+from instep.frontends.zmq import native
+from instep.frontends.zmq.inbox import Inbox, receive
 from instep.security.authenticator import Authenticator
 from instep.security.keys import ServerKeys
 from instep_client.protocol import wire
@@ -75,6 +78,12 @@ class Router:
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MARK)
         socket.setsockopt(zmq.HANDSHAKE_IVL, round(config.handshake_timeout_s * 1000))
         socket.setsockopt(zmq.BACKLOG, 4096)  # after a restart all clients connect at once
+        self._is_skipping = False
+        """Whether a message with too many parts is being discarded."""
+        self._address = socket.underlying
+        self._newest: U8 = np.stack([native.new_message() for _ in range(3)])
+        """The routing id and the first parts of the newest message that was received."""
+        receive(Inbox(0).packed, self._address, self._newest, 0)  # compiled before a client waits for it
         self.authenticator: Authenticator | None = None
         if keys is not None:
             self.authenticator = Authenticator(socket, keys.secret, keys.principals, config.handshake_timeout_s)
@@ -88,9 +97,6 @@ class Router:
             self._context.term()
             raise CannotListen(f"cannot bind {config.endpoint}: {error}; is another server using it?") from None
         self._socket = socket
-        self._is_skipping = False
-        """Whether a message with too many parts is being discarded."""
-        self._newest: zmq.Frame | None = None
         self.endpoint: str = socket.getsockopt_string(zmq.LAST_ENDPOINT)
         if self.authenticator is not None:
             self.authenticator.start(self.endpoint)
@@ -109,34 +115,44 @@ class Router:
         """Whether a message has arrived; if not, the next arrival will be signalled."""
         return wire.ready(self._socket)
 
-    def receive(self, at_most: int) -> Iterator[tuple[bytes, list[bytes]]]:
-        """Yield messages that have arrived, as routing id and parts.
+    def receive(self, inbox: Inbox, now_ns: int = 0) -> tuple[bytes, list[bytes]] | None:
+        """Take STEPs into the inbox until another message comes, and return that as routing id and parts.
 
         A message with too many parts is truncated after the first surplus part; the rest is read in portions and
         discarded.
+
+        Returns:
+            None if nothing else has arrived, or the inbox is full.
         """
         if self._is_skipping and not self._skip_rest():
-            return
-        for routing_id, parts, last in wire.received_from(self._socket, at_most, MOST_PARTS):
-            self._newest, self._is_skipping = last, last.more  # first, since the caller may take only this message
-            yield routing_id, parts
-            if self._is_skipping and not self._skip_rest():
-                return
+            return None
+        count = receive(inbox.packed, self._address, self._newest, now_ns)
+        if not count:
+            return None
+        newest = self._newest[:count]
+        routing_id, *parts = map(native.bytes_of, newest)
+        has_more = not native.is_last(newest[-1])
+        while has_more and len(parts) <= MOST_PARTS:
+            frame = self._socket.recv(wire.NOW, False)
+            parts.append(frame.bytes)
+            has_more = frame.more
+        self._is_skipping = has_more
+        return routing_id, parts
 
     @property
     def key(self) -> str:
         """The public key of the client from which the newest message came; only with keys."""
-        return "" if self._newest is None else str(self._newest.get("User-Id"))
+        return native.property_of(self._newest[1], "User-Id")
 
     @property
     def descriptor(self) -> int:
         """The descriptor of the connection from which the newest message came."""
-        return -1 if self._newest is None else int(self._newest.get(zmq.SRCFD))
+        return native.descriptor_of(self._newest[1])
 
     @property
     def address(self) -> str:
         """The address from which the newest message came."""
-        return "" if self._newest is None else str(self._newest.get("Peer-Address"))
+        return native.property_of(self._newest[1], "Peer-Address")
 
     def _skip_rest(self) -> bool:
         """Discard a portion of an overlong message; return whether all of it is gone."""
@@ -157,6 +173,8 @@ class Router:
 
     def close(self) -> None:
         """Close the socket; accepted messages get a second to leave."""
+        for part in self._newest:
+            native.free_message(part)
         self._socket.close()
         self._context.term()
 
