@@ -69,7 +69,7 @@ class HandRouter:
     """In place of the ROUTER socket of one life of the server."""
 
     signal_fd = -1
-    authenticator = None
+    authenticator = address_of_socket = None
     address = ""
 
     def __init__(self, network: Network) -> None:

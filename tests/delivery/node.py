@@ -22,8 +22,8 @@ from instep.core.tables import NO_OWNER, make_tables
 from instep.core.typing import F32, I32, I64, U8, U64
 from instep.frontends.models import Models, Served
 from instep.frontends.zmq.frontend import ZmqFrontend
-from instep.frontends.zmq.inbox import Inbox
 from instep.frontends.zmq.peers import Outbound
+from instep.frontends.zmq.table import PeerTable
 from instep.recording.reader import load_open_streams
 from instep.recording.records import OpenStream
 from instep.recording.writer import RecordingWriter
@@ -193,9 +193,9 @@ class Node:
         self._reaper = Reaper(engine, operations)
         self._checkpoints = Checkpoints(engine, states, self.tasks, _NEVER_NS, at_once=1)
         router: Any = self.router
-        inbox = Inbox(_MAX_CONNECTIONS)
+        peers = PeerTable(_MAX_CONNECTIONS)
         self.outbound = Outbound(
-            router, inbox, 10**6, 10**6, 10**9, 2 * _NEVER_NS, time.monotonic_ns, self._reaper.detach
+            router, peers, 10**6, 10**6, 10**9, 2 * _NEVER_NS, time.monotonic_ns, self._reaper.detach
         )
         models = Models()
         self._frontend = ZmqFrontend(models, router, self.outbound, 2 * _NEVER_NS, turns.wake, log_into([]))

@@ -17,6 +17,7 @@ import zmq
 from instep.config import TransportConfig
 from instep.frontends.zmq.inbox import Inbox
 from instep.frontends.zmq.router import Router
+from instep.frontends.zmq.table import PeerTable
 from instep.security.keys import ServerKeys
 from instep.security.policy import Verb, allowed
 from instep.security.principals import Principals
@@ -70,7 +71,7 @@ class Listener(Router):
     ) -> None:
         super().__init__(transport, keys)
         self._for_operators = for_operators
-        self._inbox = Inbox(0)  # without peers no message is one of theirs
+        self._inbox = Inbox(PeerTable(0))  # without peers no message is one of theirs
         self._arrivals = select.poll()
         self._arrivals.register(self.signal_fd, select.POLLIN)
 

@@ -16,9 +16,9 @@ from instep.frontends.http.security import read_tokens
 from instep.frontends.models import Models
 from instep.frontends.shards import Shard
 from instep.frontends.zmq.frontend import ZmqFrontend
-from instep.frontends.zmq.inbox import Inbox
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Router
+from instep.frontends.zmq.table import PeerTable
 from instep.recording.errors import RecordingError, with_advice
 from instep.runtime.stepper import Stepper
 from instep.security.keys import ServerKeys
@@ -118,7 +118,7 @@ def _frontend(
 
     outbound = Outbound(
         router,
-        Inbox(checks.max_connections(config)),
+        PeerTable(checks.max_connections(config)),
         2 * config.transport.max_message_bytes,
         4 * config.transport.max_message_bytes,
         checks.MAX_BUFFERED_BYTES,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -13,6 +15,22 @@ from instep.streaming.api import MAX_REPLY_MESSAGES, Reply
 from instep.streaming.origins import Origins
 from instep.streaming.stats import EngineStats
 from instep_client.protocol.codes import Code
+
+
+class Answer(Protocol):
+    """Sends replies of a front end's origins."""
+
+    def __call__(self, tables: Tables, groups: int, times_ns: tuple[int, int, int], /) -> Sequence[int]:
+        """Send what can be sent at once.
+
+        Args:
+            tables: as `assemble` has left them.
+            groups: how many of `Tables.groups` are replies.
+            times_ns: when the step of the last frames began, or 0; how long it took, and how long ago it ended.
+
+        Returns:
+            The places of groups that were not sent: these are delivered to their origins.
+        """
 
 
 class Delivery:
@@ -29,6 +47,7 @@ class Delivery:
         self._max_frames = max_reply_frames
         self._repeated: dict[int, tuple[F32, I64]] = {}
         """By message, outputs that pending messages only repeat."""
+        self.answer: Answer = lambda tables, groups, times_ns: range(groups)
         self._arrived_ns: I64 = tables.messages["arrived_ns"]
 
     def keep_repeated(self, numbers: I32) -> None:
@@ -52,10 +71,11 @@ class Delivery:
 
     def _reply(self, groups: int, began_ns: int, compute_ns: int, send_ns: int) -> None:
         tables, outputs = self._tables, self._tables.y.shape[1]
+        left = self.answer(tables, groups, (began_ns, compute_ns, send_ns))
         # The order of these names is that of the columns of `Tables.groups`.
-        for number, timesteps, width, count, message, column, value, failed, frames, arrived_ns in tables.groups[
-            :groups
-        ].tolist():
+        for place in left:
+            fields = tables.groups[place].tolist()
+            number, timesteps, width, count, message, column, value, failed, frames, arrived_ns = fields
             origin = self._origins[number]
             if origin is None:
                 continue  # it is gone, and its streams are parked

@@ -29,7 +29,7 @@ from instep.core.tables import (
 from instep.core.typing import I32, I64, U32
 from instep.runtime.executor import RunResult, StateLost, StepExecutor
 from instep.streaming.api import Frames, Origin, Refusal, StreamEvent
-from instep.streaming.delivery import Delivery
+from instep.streaming.delivery import Answer, Delivery
 from instep.streaming.journal import Journal
 from instep.streaming.origins import Origins
 from instep.streaming.stats import EngineStats, EventLog
@@ -155,6 +155,10 @@ class Engine:
     def take_over(self) -> None:
         """Serve streams that another version's engine served before; the counters of frames begin at 0."""
         self.tables.counts[[RECEIVED_FRAMES, REPEATED_FRAMES, CREDIT_STALLS]] = 0
+
+    def answer_with(self, answer: Answer) -> None:
+        """Have a front end answer messages of its origins, several at once."""
+        self._delivery.answer = answer
 
     # ── Submit and admit ───────────────────────────────────────────────────────────────────────────────────────────
 

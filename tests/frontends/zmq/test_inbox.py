@@ -16,6 +16,7 @@ import zmq
 from instep.config import TransportConfig
 from instep.frontends.zmq.inbox import MOST_MESSAGES, Inbox
 from instep.frontends.zmq.router import Router
+from instep.frontends.zmq.table import PeerTable
 from instep_client.protocol.wire import Kind
 
 FEATURES, MOST_FRAMES = 3, 40
@@ -41,16 +42,22 @@ class Rig:
 
     def __init__(self, router: Router, peers: list[zmq.Socket[bytes]]) -> None:
         self.router, self.peers = router, peers
-        self.inbox = Inbox(10)
-        self.model = self.inbox.add_model(FEATURES, MOST_FRAMES)
+        self.table = PeerTable(10)
+        self.inbox = Inbox(self.table)
+        self.model = self.add_model(FEATURES, MOST_FRAMES)
         self.accept(True)
         self.routing_ids = [self.introduce(peer) for peer in peers]
         for number, routing_id in enumerate(self.routing_ids[:2]):
             origin: Any = SimpleNamespace(number=20 + number, arrival=30 + number)
-            self.inbox.add_peer(routing_id, origin, self.model, 0)
+            self.table.add_peer(routing_id, origin, self.model, 0)
+
+    def add_model(self, features: int, most_frames: int) -> int:
+        model = self.table.add_model(features, most_frames, 40)
+        self.inbox.reserve()
+        return model
 
     def accept(self, accepts: bool) -> None:
-        self.inbox.models["accepts"][self.model] = accepts
+        self.table.models["accepts"][self.model] = accepts
 
     def introduce(self, peer: zmq.Socket[bytes]) -> bytes:
         peer.send_multipart(PING)
@@ -107,7 +114,7 @@ def test_steps_are_taken_as_they_were_sent_and_other_messages_come_in_their_plac
     assert rig.taken() == [(20, 30, message) for message in first]
     assert rig.after(*second, peer=1) == (rig.routing_ids[1], PING)
     assert rig.taken() == [*((20, 30, message) for message in first), (21, 31, second[0])]
-    assert rig.inbox.peers["last_heard_ns"][:2].tolist() == [5, 5]
+    assert rig.table.peers["last_heard_ns"][:2].tolist() == [5, 5]
     rig.inbox.leave_out(1)
     assert [arrival for _, arrival, _ in rig.taken()] == [30, -1, 31]
     rig.inbox.clear()
@@ -115,9 +122,9 @@ def test_steps_are_taken_as_they_were_sent_and_other_messages_come_in_their_plac
 
 
 def test_messages_of_two_models_are_kept_apart(rig: Rig, rng: np.random.Generator) -> None:
-    other = rig.inbox.add_model(1, 4)
-    rig.inbox.models["accepts"][other] = True
-    rig.inbox.peers["model"][1] = other
+    other = rig.add_model(1, 4)
+    rig.table.models["accepts"][other] = True
+    rig.table.peers["model"][1] = other
     mine, theirs = step(rng, 1), [header(2, 2, 1, 1) + bytes(24), rng.bytes(8)]
     rig.after(mine)
     rig.after(theirs, peer=1)
@@ -182,7 +189,7 @@ def test_a_step_is_handed_over_where_the_peer_is_not_known_or_the_model_does_not
     rig.peers[0].send_multipart(message)
     assert rig.receive() == (rig.routing_ids[0], message)
     rig.accept(True)
-    rig.inbox.remove_peer(0)
+    rig.table.remove_peer(0)
     rig.peers[0].send_multipart(message)
     assert rig.receive() == (rig.routing_ids[0], message)
     assert rig.after(message, peer=1) == (rig.routing_ids[1], PING)
@@ -193,9 +200,9 @@ def test_a_step_is_handed_over_where_the_peer_is_not_known_or_the_model_does_not
 def test_a_full_inbox_takes_the_rest_in_the_next_turn(
     rig: Rig, rng: np.random.Generator, timesteps: int, width: int, most: int
 ) -> None:
-    rig.model = rig.inbox.add_model(30, 50_000)
-    rig.inbox.models["features"][rig.model] = FEATURES
-    rig.inbox.peers["model"][0] = rig.model
+    rig.model = rig.add_model(30, 50_000)
+    rig.table.models["features"][rig.model] = FEATURES
+    rig.table.peers["model"][0] = rig.model
     rig.accept(True)
     messages = [step(rng, number, timesteps, width) for number in range(most + 9)]
     for message in messages:
@@ -211,21 +218,22 @@ def test_a_full_inbox_takes_the_rest_in_the_next_turn(
 
 
 def test_many_peers_are_told_apart_whatever_order_they_come_and_go_in(rng: np.random.Generator) -> None:
-    inbox, known = Inbox(500), dict[bytes, int]()
-    model = inbox.add_model(1, 1)
-    inbox.models["accepts"][model] = True
+    table, known = PeerTable(500), dict[bytes, int]()
+    model = table.add_model(1, 1, 2)
+    table.models["accepts"][model] = True
+    inbox = Inbox(table)
     message, arrival = [header(1, 1, 1, 1) + bytes(24), bytes(4)], 0
     for _ in range(2000):
         routing_id = b"\0" + int(rng.integers(2**32 - 400, 2**32)).to_bytes(4, "big")
         inbox.clear()
         assert inbox.take(routing_id, message, 0) == (routing_id in known)
         if routing_id in known:
-            row = int(np.flatnonzero(inbox.peers["arrival"] == known.pop(routing_id))[0])
-            assert inbox.frames(model).messages["arrival"].tolist() == [inbox.peers["arrival"][row]]
-            inbox.remove_peer(row)
-            inbox.peers["arrival"][row] = -1
+            row = int(np.flatnonzero(table.peers["arrival"] == known.pop(routing_id))[0])
+            assert inbox.frames(model).messages["arrival"].tolist() == [table.peers["arrival"][row]]
+            table.remove_peer(row)
+            table.peers["arrival"][row] = -1
         else:
             arrival += 1
             origin: Any = SimpleNamespace(number=1, arrival=arrival)
             known[routing_id] = arrival
-            inbox.add_peer(routing_id, origin, model, 0)
+            table.add_peer(routing_id, origin, model, 0)

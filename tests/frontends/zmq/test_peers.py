@@ -11,9 +11,9 @@ import msgpack
 import numpy as np
 
 from instep.core.tables import make_tables
-from instep.frontends.zmq.inbox import Inbox
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.router import Sent
+from instep.frontends.zmq.table import PeerTable
 from instep.streaming.api import Refusal, Reply
 from instep.streaming.origins import Origins
 from instep_client.protocol.wire import Code, Kind, Message
@@ -26,6 +26,8 @@ UNREAD = 100_000
 
 class FakeRouter:
     """A router whose peers are in the states that the test puts them in."""
+
+    address_of_socket = None
 
     def __init__(self) -> None:
         self.state: dict[bytes, Sent] = {}
@@ -54,9 +56,11 @@ class Rig:
         self.tables = make_tables(1, 40, 1, 1, 1, 1, 1, 1)
         engine = SimpleNamespace(origins=Origins(self.tables))
         self.served = SimpleNamespace(service=SimpleNamespace(engine=engine, log=log_into([]), is_former=False))
+        table = PeerTable(10)
+        table.add_model(1, 1, 41)
         self.outbound = Outbound(
             self.router,
-            Inbox(10),
+            table,
             UNREAD,
             max_outbox_bytes,
             max_total_bytes,
@@ -191,7 +195,7 @@ def test_a_peer_is_asked_before_it_is_given_up_however_long_the_server_was_stopp
     rig.tick(1050)
     assert rig.gone == []
     assert len(rig.pings(b"\0slow")) == len(rig.pings(b"\0fast")) == 1
-    rig.outbound.inbox.peers["last_heard_ns"][rig.fast.row] = 1040
+    rig.fast.set("last_heard_ns", 1040)
     rig.tick(1051)
     assert rig.gone == [rig.slow]
 
@@ -212,7 +216,7 @@ def test_the_outbox_moves_as_soon_as_the_peer_says_that_it_reads_and_lies_move_n
     for _ in range(150):
         rig.outbound.send(rig.slow, MESSAGE)
     asked = rig.pings(b"\0slow")[-1]
-    for lie in (rig.slow.sent_bytes, rig.slow.asked_bytes, asked + 1, 2**60, 0, -1):
+    for lie in (rig.slow.get("sent_bytes"), rig.slow.get("asked_bytes"), asked + 1, 2**60, 0, -1):
         rig.outbound.acknowledge(rig.slow, lie)
         assert len(rig.slow.outbox) == 49
     rig.outbound.acknowledge(rig.slow, asked)

@@ -13,6 +13,7 @@ from instep.config import TransportConfig
 from instep.frontends import CannotListen
 from instep.frontends.zmq.inbox import Inbox
 from instep.frontends.zmq.router import Router, Sent
+from instep.frontends.zmq.table import PeerTable
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def dealer(endpoint: str) -> Iterator[zmq.Socket[bytes]]:
 
 def receive(router: Router) -> tuple[bytes, list[bytes]]:
     """The next message."""
-    while (message := router.receive(Inbox(0))) is None:
+    while (message := router.receive(Inbox(PeerTable(0)))) is None:
         pass
     return message
 
@@ -64,7 +65,7 @@ def test_a_path_at_which_another_process_listens_is_not_taken_away(tmp_path: Pat
 def test_a_peer_that_is_not_there_is_gone() -> None:
     with bound() as router:
         assert router.send(b"\0nobody", [b"x"]) is Sent.GONE
-        assert router.receive(Inbox(0)) is None
+        assert router.receive(Inbox(PeerTable(0))) is None
 
 
 def test_a_message_is_received_and_answered() -> None:

@@ -17,6 +17,7 @@ from instep.frontends.models import Models, Served
 from instep.frontends.shards import for_table
 from instep.frontends.zmq import encode
 from instep.frontends.zmq.decode import Decoder, hello
+from instep.frontends.zmq.inbox import Inbox
 from instep.frontends.zmq.peers import Outbound, Peer
 from instep.frontends.zmq.requests import HANDLERS, Answer, Requests
 from instep.frontends.zmq.router import Router
@@ -63,10 +64,10 @@ class ZmqFrontend:
         if self._authenticator is not None:
             self._usages.reloaded(self._authenticator.principals.by_name.values())
         self._outbound = outbound
-        self._inbox = outbound.inbox
+        self._table, self._inbox = outbound.table, Inbox(outbound.table)
         self._requests_of: dict[Served, Requests] = {}
         self._numbers: dict[Served, int] = {}
-        """The inbox's numbers of models."""
+        """The table's numbers of models."""
         self._probe_after_ns = probe_after_ns
         self._wake = wake
         self._log = log
@@ -78,7 +79,11 @@ class ZmqFrontend:
         info = served.info
         decoder = Decoder(info.features, info.state, info.max_block_frames, info.max_message_bytes)
         self._requests_of[served] = Requests(served, decoder, self._models.shard)
-        self._numbers[served] = self._inbox.add_model(info.features, info.max_block_frames)
+        engine = served.service.engine
+        number = self._table.add_model(info.features, info.max_block_frames, len(engine.tables.origins))
+        self._numbers[served] = number
+        self._inbox.reserve()
+        engine.answer_with(partial(self._outbound.answer, number))
 
     def removed(self, served: Served, reason: str) -> None:
         self._end([peer for peer in self._outbound.peers() if peer.served is served], reason)
@@ -91,10 +96,10 @@ class ZmqFrontend:
         engine = served.service.engine
         owners = engine.origins.owners(engine.table, engine.table.open_slots())
         handles = {owner.number: handles for owner, handles in owners}
+        self._table.move(self._numbers[former], self._numbers[served])
         for peer in self._outbound.peers():
             if peer.served is former:
                 peer.served = served
-                self._inbox.peers["model"][peer.row] = self._numbers[served]
                 own = handles.get(peer.number, np.zeros(0, np.uint64))
                 next_seqs = engine.table.next_seq[engine.table.slots.slots_named(own)]
                 self._outbound.send(peer, self._info(0, served))
@@ -139,7 +144,7 @@ class ZmqFrontend:
         inbox, now_ns, other = self._inbox, time.monotonic_ns(), None
         inbox.clear()
         for served, number in self._numbers.items():
-            inbox.models["accepts"][number] = served.service.is_ready
+            self._table.models["accepts"][number] = served.service.is_ready
         deadline_ns = now_ns + budget_ns
         while not inbox.is_full and now_ns <= deadline_ns:
             first = len(inbox)
@@ -203,7 +208,7 @@ class ZmqFrontend:
             if peer is None:
                 self._welcome(routing_id, header, now_ns)
                 return False
-            self._inbox.peers["last_heard_ns"][peer.row] = now_ns
+            peer.set("last_heard_ns", now_ns)
             if kind in HANDLERS:
                 return self._begin(peer, header, parts)
             self._reply_at_once(peer, header, parts, now_ns)
@@ -254,7 +259,7 @@ class ZmqFrontend:
         usage = self._usages.of(principal)
         peer = Peer(self._outbound, routing_id, served, principal, usage)
         usage.check_connections()
-        if self._outbound.is_full or not served.service.engine.origins.connect(peer):
+        if self._table.is_full or not served.service.engine.origins.connect(peer):
             why = "limits.max_connections, or the limit of open files, allows"
             sentence = f"the server has {len(self._outbound)} connections, as many as {why}; try again later"
             raise Refusal(Code.BUSY, retry_after_us=1_000_000, sentence=sentence)

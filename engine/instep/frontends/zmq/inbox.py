@@ -18,20 +18,9 @@ from instep.frontends.zmq.native import (
     message_size,
     receive_part,
 )
-from instep.streaming.api import Frames, Origin
+from instep.frontends.zmq.table import NOBODY, PeerTable, number_of
+from instep.streaming.api import Frames
 from instep_client.protocol.wire import COLUMN_BYTES, DTYPE_F32, MAX_BLOCK_STREAMS, STEP, STEP_HEADER
-
-PEER: Final = np.dtype(
-    [
-        ("last_heard_ns", "<i8"),
-        ("arrival", "<i8"),  # as an origin
-        ("origin", "<i4"),  # its number
-        ("model", "<i4"),  # the front end's number of its model
-    ]
-)
-"""A connection that has said HELLO."""
-MODEL: Final = np.dtype([("features", "<i8"), ("max_block_frames", "<i8"), ("accepts", "<i8")])
-"""A model, and whether it accepts frames now."""
 
 MOST_MESSAGES: Final = 256
 """The most messages that are read in one turn."""
@@ -42,8 +31,6 @@ _HEADER_BYTES: Final = STEP_HEADER.size
 _FIRST_WORD: Final = STEP | DTYPE_F32 << 8
 """Kind, dtype and reserved bytes of a good header."""
 _NO_SUCH_ROW: Final = -1
-_NOBODY: Final = -1
-"""The arrival of no connection."""
 
 
 class Arrays(NamedTuple):
@@ -170,74 +157,30 @@ def receive(packed: Any, socket: int, parts: U8, now_ns: int) -> int:
     return 0
 
 
-def number_of(routing_id: bytes) -> int:
-    """The number in a routing id of ZeroMQ's, behind its first byte."""
-    return int.from_bytes(routing_id[1:5], "little")
-
-
 class Inbox:
-    """The STEPs of one turn, and what has to be known of peers and models to read them.
+    """The STEPs of one turn."""
 
-    Args:
-        max_peers: the most peers at a time.
-    """
-
-    def __init__(self, max_peers: int) -> None:
-        self.peers = np.zeros(max_peers, PEER)
-        self.models = np.zeros(0, MODEL)
-        self._free: list[int] = []
-        """Rows that were used before."""
-        self._routing_ids: U32 = np.zeros(0, np.uint32)
-        self._rows_of_ids: I64 = np.zeros(0, np.int64)
-        self._counts: I64 = np.zeros(3, np.int64)
+    def __init__(self, table: PeerTable) -> None:
         self.messages = np.zeros(MOST_MESSAGES, SENT_MESSAGE)
         """Those taken come first."""
+        self._table = table
+        self._counts: I64 = np.zeros(3, np.int64)
         self._header: U32 = np.zeros(_HEADER_BYTES // 4, np.uint32)
-        self.add_model(0, 0)
+        self.reserve()
 
-    def add_model(self, features: int, max_block_frames: int) -> int:
-        """The number of another model, whose blocks have at most so many frames of so many features."""
-        self.models = np.append(self.models, np.array([(features, max_block_frames, 0)], MODEL))
-        # One block more than a turn takes at most; untouched pages use no memory.
-        most_frames = self.models["max_block_frames"].max()
-        most_values = (self.models["max_block_frames"] * self.models["features"]).max()
+    def reserve(self) -> None:
+        """Have memory for one block of any model more than a turn takes at most; untouched pages use none."""
+        models = self._table.models
+        most_frames = models["max_block_frames"].max(initial=0)
+        most_values = (models["max_block_frames"] * models["features"]).max(initial=0)
         self._columns = np.zeros(_MOST_COLUMNS + most_frames, SENT_COLUMN)
         self._x: U32 = np.zeros(_MOST_VALUES + most_values, np.uint32)
-        self._pack()
-        return len(self.models) - 1
 
-    def add_peer(self, routing_id: bytes, origin: Origin, model: int, now_ns: int) -> int:
-        """The row of another peer in `peers`, which is an origin of a model, and was heard now."""
-        number, row = number_of(routing_id), self._free.pop() if self._free else len(self._rows_of_ids)
-        self.peers[row] = now_ns, origin.arrival, origin.number, model
-        place = np.searchsorted(self._routing_ids, number)
-        self._routing_ids = np.insert(self._routing_ids, place, number)
-        self._rows_of_ids = np.insert(self._rows_of_ids, place, row)
-        self._pack()
-        return row
-
-    def remove_peer(self, row: int) -> None:
-        """Forget a peer."""
-        others = self._rows_of_ids != row
-        self._routing_ids, self._rows_of_ids = self._routing_ids[others], self._rows_of_ids[others]
-        self._free.append(row)
-        self._pack()
-
-    def _pack(self) -> None:
-        self.packed = tuple(
-            Arrays(
-                self._counts,
-                self.messages,
-                self._columns,
-                self._x,
-                self._header,
-                self.models,
-                self.peers,
-                self._routing_ids,
-                self._rows_of_ids,
-            )
-        )
+    @property
+    def packed(self) -> tuple[Any, ...]:
         """`Arrays`, for kernels."""
+        arrays, table = (self._counts, self.messages, self._columns, self._x, self._header), self._table
+        return (*arrays, table.models, table.peers, table.routing_ids, table.rows_of_ids)
 
     def __len__(self) -> int:
         """How many messages were taken."""
@@ -257,7 +200,7 @@ class Inbox:
 
     def leave_out(self, place: int) -> None:
         """Ignore a message that was taken: it is refused."""
-        self.messages["arrival"][place] = _NOBODY
+        self.messages["arrival"][place] = NOBODY
 
     def clear(self) -> None:
         """Begin a turn."""

@@ -5,23 +5,36 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import attrgetter
 from typing import Final
 
+import numpy as np
+
+from instep.core.tables import ORIGIN_OF, Tables
+from instep.core.typing import I64
 from instep.frontends.models import Served
 from instep.frontends.zmq import encode
-from instep.frontends.zmq.inbox import Inbox
+from instep.frontends.zmq.answers import (
+    ASK_EVERY,
+    LEFT,
+    MOST_UNREAD,
+    OBJECTS_BYTES,
+    PEER_MOST_UNREAD,
+    UNREAD,
+    answer,
+    new_header,
+)
 from instep.frontends.zmq.router import Sender, Sent
+from instep.frontends.zmq.table import NOBODY, PeerTable
 from instep.security.authenticator import Connection
 from instep.security.principals import LOCAL, Principal
 from instep.security.quotas import Usage
 from instep.streaming.api import Refusal, Reply, StreamEvent
 from instep_client.protocol.wire import Message
 
-_OBJECTS_BYTES: Final = 256
 _MOST_SILENCES: Final = 4
 """The number of probing intervals after which a peer that answers no PING is dropped."""
 _SHORT_PROBE_NS: Final = 1_000_000_000
@@ -49,7 +62,7 @@ class Peer:
     number: int = -1
     arrival: int = 0
     row: int = -1
-    """In `Inbox.peers`."""
+    """In `PeerTable.peers`, whose fields it shows."""
     outbox: deque[tuple[Message, int]] = field(default_factory=deque)
     """Messages that ZeroMQ did not accept, each with the number of frames it answers."""
     outbox_bytes: int = 0
@@ -57,14 +70,8 @@ class Peer:
     """The time at which the outbox last moved or the peer last acknowledged; valid only while the outbox is not empty.
     """
     last_probed_ns: int = 0
-    sent_bytes: int = 0
-    """Bytes handed to ZeroMQ so far."""
-    asked_bytes: int = 0
-    """The value of `sent_bytes` at the last PING that asked whether it reads."""
     asked: dict[int, int] = field(default_factory=dict)
     """Unanswered PINGs by number, oldest first, each with the value of `sent_bytes` at that time."""
-    read_bytes: int = 0
-    """The value of `sent_bytes` up to which it has confirmed that it has read."""
     requests: int = 0
     """The number of its requests on streams under way."""
     is_unused: bool = True
@@ -73,10 +80,13 @@ class Peer:
     reason: str = ""
     """Why the server ended the connection, if it did."""
 
-    @property
-    def last_heard_ns(self) -> int:
-        """When its newest message came."""
-        return int(self.outbound.inbox.peers["last_heard_ns"][self.row])
+    def get(self, field: str) -> int:
+        """A field of its row."""
+        return int(self.outbound.table.peers[field][self.row])
+
+    def set(self, field: str, value: int) -> None:
+        """Change a field of its row."""
+        self.outbound.table.peers[field][self.row] = value
 
     def deliver(self, reply: Reply) -> None:
         self.outbound.send(self, encode.stepped(reply), reply.frames)
@@ -111,7 +121,7 @@ class Outbound:
 
     Args:
         router: the socket.
-        inbox: knows the peers by rows.
+        table: what compiled code knows of the peers.
         max_unread_bytes: bytes handed to ZeroMQ for one peer that it may not have read.
         max_outbox_bytes: bytes kept for one peer besides those.
         max_total_bytes: bytes of both kinds, of all peers.
@@ -123,7 +133,7 @@ class Outbound:
     def __init__(
         self,
         router: Sender,
-        inbox: Inbox,
+        table: PeerTable,
         max_unread_bytes: int,
         max_outbox_bytes: int,
         max_total_bytes: int,
@@ -132,8 +142,10 @@ class Outbound:
         on_gone: Callable[[Peer], None],
     ) -> None:
         self._router = router
-        self.inbox = inbox
-        self._max_unread_bytes = max_unread_bytes
+        self.table = table
+        self._budget: I64 = np.zeros(4, np.int64)
+        self._budget[MOST_UNREAD], self._budget[PEER_MOST_UNREAD] = max_total_bytes // 2, max_unread_bytes
+        self._header, self._outcomes = new_header(), np.zeros(0, np.int64)
         self._max_outbox_bytes = max_outbox_bytes
         self.max_total_bytes = max_total_bytes
         self.unreachable_after_ns = unreachable_after_ns
@@ -142,13 +154,17 @@ class Outbound:
         self._blocked: dict[Peer, None] = {}
         """Peers with an outbox, in the order in which they were blocked."""
         self._peers: dict[bytes, Peer] = {}
+        self._by_row: dict[int, Peer] = {}
         self._unreachable: set[Peer] = set()
         """Peers that were disconnected when `ask_all` last asked them."""
-        self._ask_every_bytes = max_unread_bytes // 2
-        self.unread_bytes = 0
-        """Bytes handed to ZeroMQ and not confirmed as read, over all peers."""
+        self._share()
         self.total_bytes = 0
         """Bytes in all outboxes."""
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes handed to ZeroMQ and not confirmed as read, over all peers."""
+        return int(self._budget[UNREAD])
 
     @property
     def is_empty(self) -> bool:
@@ -158,27 +174,29 @@ class Outbound:
     @property
     def is_read(self) -> bool:
         """Whether every peer connected at the last `ask_all` is known to have read everything given to ZeroMQ."""
-        return all(peer.read_bytes == peer.sent_bytes or peer in self._unreachable for peer in self._peers.values())
+        return all(peer in self._unreachable for peer in self._unread())
+
+    def _unread(self) -> list[Peer]:
+        """The peers that may not have read everything."""
+        peers = self.table.peers
+        is_unread = (peers["read_bytes"] < peers["sent_bytes"]) & (peers["origin"] != NOBODY)
+        return [self._by_row[row] for row in np.flatnonzero(is_unread).tolist()]
 
     def __len__(self) -> int:
         return len(self._peers)
 
     def add(self, peer: Peer, model: int, now_ns: int) -> None:
-        """Add a connection that has said HELLO; `model` is the inbox's number of its model."""
-        self._peers[peer.routing_id] = peer
-        peer.row = self.inbox.add_peer(peer.routing_id, peer, model, now_ns)
+        """Add a connection that has said HELLO; `model` is the table's number of its model."""
+        counts = peer.usage.number != 0
+        peer.row = self.table.add_peer(peer.routing_id, peer, model, now_ns, counts=counts)
+        self._peers[peer.routing_id] = self._by_row[peer.row] = peer
         peer.usage.connections.add(peer)
         self._share()
 
     def _share(self) -> None:
         """Choose how often to ask peers, so that all unread bytes together stay within the common bound."""
         share = self.max_total_bytes // 4 // max(1, len(self._peers))
-        self._ask_every_bytes = min(self._max_unread_bytes // 2, max(_LEAST_ASKED_BYTES, share))
-
-    @property
-    def is_full(self) -> bool:
-        """Whether there may be no more peers."""
-        return len(self._peers) >= len(self.inbox.peers)
+        self._budget[ASK_EVERY] = min(self._budget[PEER_MOST_UNREAD] // 2, max(_LEAST_ASKED_BYTES, share))
 
     def find(self, routing_id: bytes) -> Peer | None:
         """The peer of a connection, if it has said HELLO and still exists."""
@@ -187,6 +205,23 @@ class Outbound:
     def peers(self) -> list[Peer]:
         """All peers."""
         return list(self._peers.values())
+
+    def answer(self, model: int, tables: Tables, groups: int, times_ns: tuple[int, int, int]) -> Sequence[int]:
+        """Send replies of a model at once where that is possible; see `Transport.answer`."""
+        socket = self._router.address_of_socket
+        if socket is None:
+            return range(groups)
+        if len(self._outcomes) < len(tables.groups):
+            self._outcomes = np.zeros(len(tables.groups), np.int64)
+        outcomes, rows = self._outcomes[:groups], self.table.rows[model]
+        arrays = tables.groups[:groups], tables.reply_messages, tables.reply_y
+        peers, outputs = self.table.peers, tables.y.shape[1]
+        if not answer(socket, peers, rows, model, self._budget, *arrays, outputs, *times_ns, self._header, outcomes):
+            return ()
+        for place in np.flatnonzero(outcomes > 0).tolist():
+            self._count(self._by_row[int(rows[tables.groups[place, ORIGIN_OF]])], int(outcomes[place]))
+        left: list[int] = np.flatnonzero(outcomes == LEFT).tolist()
+        return left
 
     def send(self, peer: Peer, message: Message, frames: int = 0) -> None:
         """Send to a peer unless it is gone; `frames` count as its backlog until ZeroMQ accepts the message."""
@@ -197,6 +232,8 @@ class Outbound:
             self.drop(peer)
         elif sent is Sent.FULL:
             self._keep(peer, message, frames)
+        else:
+            peer.set("waits", 0)
 
     def send_unknown(self, routing_id: bytes, message: Message) -> None:
         """Send to a connection without HELLO, if it can be sent now; nothing is queued."""
@@ -205,6 +242,7 @@ class Outbound:
     def _keep(self, peer: Peer, message: Message, frames: int) -> None:
         if not peer.outbox:
             peer.blocked_since_ns = self._clock()
+            peer.set("waits", 1)
             self._blocked[peer] = None
         # The arrays of a reply are used again once it was delivered.
         peer.outbox.append(([bytes(part) for part in message], frames))
@@ -222,47 +260,53 @@ class Outbound:
         peer.served.service.engine.origins.add_backlog(peer, frames)
 
     def _hand_over(self, peer: Peer, message: Message) -> Sent:
-        size, unread = size_bytes(message), peer.sent_bytes - peer.read_bytes
-        is_over = self.unread_bytes + size > self.max_total_bytes // 2 and unread > 0
-        if is_over or unread > self._max_unread_bytes:
+        size, unread = size_bytes(message), peer.get("sent_bytes") - peer.get("read_bytes")
+        is_over = self._budget[UNREAD] + size > self._budget[MOST_UNREAD] and unread > 0
+        if is_over or unread > self._budget[PEER_MOST_UNREAD]:
             self.ask(peer)  # if it has read more by now, that makes room for all
             return Sent.FULL
         sent = self._router.send(peer.routing_id, message)
         if sent is Sent.HANDED_OVER:
-            peer.sent_bytes += size
-            peer.usage.kept_bytes += size
-            self.unread_bytes += size
-            unasked = peer.sent_bytes - peer.asked_bytes
-            if unasked > self._ask_every_bytes or (peer.usage.number and unasked > peer.usage.share_bytes):
-                self._ask(peer)
+            peer.set("sent_bytes", peer.get("sent_bytes") + size)
+            self._budget[UNREAD] += size
+            self._count(peer, size)
         return sent
+
+    def _count(self, peer: Peer, size: int) -> None:
+        """Add bytes that a peer was sent to its principal's usage, and ask whether it reads if that is due."""
+        peer.usage.kept_bytes += size
+        unasked = peer.get("sent_bytes") - peer.get("asked_bytes")
+        if unasked > self._budget[ASK_EVERY] or (peer.usage.number and unasked > peer.usage.share_bytes):
+            self._ask(peer)
 
     def ask(self, peer: Peer) -> None:
         """Ask a peer how much it has read, unless it has been sent nothing since it was asked."""
-        if peer.asked_bytes < peer.sent_bytes:
+        if peer.get("asked_bytes") < peer.get("sent_bytes"):
             self._ask(peer)
 
     def _ask(self, peer: Peer) -> Sent:
-        is_asked = peer.asked and peer.asked_bytes == peer.sent_bytes
+        sent_bytes = peer.get("sent_bytes")
+        is_asked = peer.asked and peer.get("asked_bytes") == sent_bytes
         number = next(reversed(peer.asked)) if is_asked else secrets.randbits(62)
         sent = self._router.send(peer.routing_id, encode.ping(number))
         if sent is Sent.HANDED_OVER:
-            peer.asked[number] = peer.asked_bytes = peer.sent_bytes
+            peer.asked[number] = sent_bytes
+            peer.set("asked_bytes", sent_bytes)
         return sent
 
     def ask_all(self) -> None:
         """Send PING to every connected peer that may have unread messages."""
-        unread = [peer for peer in self.peers() if peer.read_bytes < peer.sent_bytes]
-        self._unreachable = {peer for peer in unread if self._ask(peer) is Sent.GONE}
+        self._unreachable = {peer for peer in self._unread() if self._ask(peer) is Sent.GONE}
 
     def acknowledge(self, peer: Peer, number: int) -> None:
         """Note that a peer echoed the PING of this number, and has therefore read everything before it."""
         sent_bytes = peer.asked.get(number, 0)
-        if sent_bytes > peer.read_bytes:
+        newly_read = sent_bytes - peer.get("read_bytes")
+        if newly_read > 0:
             peer.asked = {other: bytes_then for other, bytes_then in peer.asked.items() if bytes_then > sent_bytes}
-            self.unread_bytes -= sent_bytes - peer.read_bytes
-            peer.usage.kept_bytes -= sent_bytes - peer.read_bytes
-            peer.read_bytes = sent_bytes
+            self._budget[UNREAD] -= newly_read
+            peer.usage.kept_bytes -= newly_read
+            peer.set("read_bytes", sent_bytes)
             if peer.outbox:
                 peer.blocked_since_ns = self._clock()
                 self._flush(peer, peer.blocked_since_ns)
@@ -272,11 +316,11 @@ class Outbound:
         for peer in list(self._blocked):
             self._flush(peer, now_ns)
         for peer in self.peers():
-            silent_ns = now_ns - max(peer.last_heard_ns, peer.last_probed_ns)
+            silent_ns = now_ns - max(peer.get("last_heard_ns"), peer.last_probed_ns)
             may_leave = peer.is_unused or peer.served.service.is_former
             longest_ns = min(probe_after_ns, _SHORT_PROBE_NS) if may_leave else probe_after_ns
-            until_ns = peer.last_heard_ns + _MOST_SILENCES * probe_after_ns
-            if now_ns > until_ns and (peer.outbox or peer.last_probed_ns > peer.last_heard_ns):
+            until_ns = peer.get("last_heard_ns") + _MOST_SILENCES * probe_after_ns
+            if now_ns > until_ns and (peer.outbox or peer.last_probed_ns > peer.get("last_heard_ns")):
                 # Where the server itself was stopped meanwhile, it may have asked only now.
                 if peer.last_probed_ns <= until_ns or silent_ns > longest_ns:
                     self.drop(peer)  # stopped, or behind a cable that was pulled
@@ -297,6 +341,7 @@ class Outbound:
             peer.outbox.popleft()
             self._grow(peer, -size_bytes(message), -frames)
             peer.blocked_since_ns = now_ns
+        peer.set("waits", 0)
         self._blocked.pop(peer, None)
 
     def say_last(self, message: Message, peers: Iterable[Peer]) -> None:
@@ -314,11 +359,12 @@ class Outbound:
             return
         peer.is_gone = True
         peer.usage.connections.remove(peer)
-        peer.usage.kept_bytes -= peer.outbox_bytes + peer.sent_bytes - peer.read_bytes
+        unread_bytes = peer.get("sent_bytes") - peer.get("read_bytes")
+        peer.usage.kept_bytes -= peer.outbox_bytes + unread_bytes
         self.total_bytes -= peer.outbox_bytes
-        self.unread_bytes -= peer.sent_bytes - peer.read_bytes
-        del self._peers[peer.routing_id]
-        self.inbox.remove_peer(peer.row)
+        self._budget[UNREAD] -= unread_bytes
+        del self._peers[peer.routing_id], self._by_row[peer.row]
+        self.table.remove_peer(peer.row)
         self._share()
         self._blocked.pop(peer, None)
         peer.outbox.clear()
@@ -327,4 +373,4 @@ class Outbound:
 
 def size_bytes(message: Message) -> int:
     """The approximate memory of a message, including the objects around its parts."""
-    return _OBJECTS_BYTES + sum(map(len, message))
+    return OBJECTS_BYTES + sum(map(len, message))

@@ -17,6 +17,7 @@ from instep.core.typing import U8
 from instep.frontends import CannotListen
 from instep.frontends.zmq import native
 from instep.frontends.zmq.inbox import Inbox, receive
+from instep.frontends.zmq.table import PeerTable
 from instep.security.authenticator import Authenticator
 from instep.security.keys import ServerKeys
 from instep_client.protocol import wire
@@ -45,6 +46,10 @@ class Sent(Enum):
 
 class Sender(Protocol):
     """Hands messages to connections."""
+
+    @property
+    def address_of_socket(self) -> int | None:
+        """For compiled code; None if there is no socket of ZeroMQ's."""
 
     def send(self, routing_id: bytes, message: Message) -> Sent:
         """Hand a message to ZeroMQ, and return the outcome."""
@@ -80,10 +85,13 @@ class Router:
         socket.setsockopt(zmq.BACKLOG, 4096)  # after a restart all clients connect at once
         self._is_skipping = False
         """Whether a message with too many parts is being discarded."""
-        self._address = socket.underlying
+        self.address_of_socket: int = socket.underlying
+        """For compiled code."""
         self._newest: U8 = np.stack([native.new_message() for _ in range(3)])
         """The routing id and the first parts of the newest message that was received."""
-        receive(Inbox(0).packed, self._address, self._newest, 0)  # compiled before a client waits for it
+        receive(
+            Inbox(PeerTable(0)).packed, self.address_of_socket, self._newest, 0
+        )  # compiled before a client waits for it
         self.authenticator: Authenticator | None = None
         if keys is not None:
             self.authenticator = Authenticator(socket, keys.secret, keys.principals, config.handshake_timeout_s)
@@ -126,7 +134,7 @@ class Router:
         """
         if self._is_skipping and not self._skip_rest():
             return None
-        count = receive(inbox.packed, self._address, self._newest, now_ns)
+        count = receive(inbox.packed, self.address_of_socket, self._newest, now_ns)
         if not count:
             return None
         newest = self._newest[:count]
